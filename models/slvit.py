@@ -1,0 +1,382 @@
+"""SLViT: scale-wise language-guided vision transformer (Ouyang et al., IJCAI 2023).
+
+MSCAN with a text branch in every block of all four stages, cross-scale enhancement of the regions
+that the scales disagree on, and a light Hamburger decoder. Module names are those of the official
+checkpoints, so a state dict maps by key. Two things the public code leaves to chance are fixed
+here: which regions are enhanced (``SLViTConfig.score``) and the first bases of the decoder.
+
+Text enters as keys and values of every block, which depend on the expression alone: they are the
+output of the ``text`` part and may be kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .hamburger import LightHamHead
+from .mscan import ChannelNorm, Mlp, PatchEmbed, Stem, StripConvs, normalise_pixels, pointwise
+from .parts import BATCH, Part, Port
+from .text import MASKED, TextConfig, bert, encode
+from .urce import CrossScaleEnhancement
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+SCORES = ("paper", "official", "all")
+
+TextProducts = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class SLViTConfig:
+    """Sizes of a SLViT; the defaults are the paper's.
+
+    size:     pixels per side, a multiple of 32.
+    words:    tokens per expression; longer ones are cut, shorter ones padded.
+    regions:  how many of the (size/32)^2 regions are enhanced.
+    layer_scale: first value of the residual branches' scales (training starts from it).
+    score:    ``paper``: relevance is the largest attention weight over words; ``official``: as the
+              public code, whose relevance is constant, made deterministic (the first regions);
+              ``all``: every region, without TopK.
+    """
+
+    size: int = 480
+    words: int = 20
+    widths: tuple[int, int, int, int] = (64, 128, 320, 512)
+    depths: tuple[int, int, int, int] = (3, 3, 12, 3)
+    ratios: tuple[int, int, int, int] = (8, 8, 4, 4)
+    drop_path: float = 0.2
+    layer_scale: float = 1e-2
+    regions: int = 32
+    region_width: int = 256
+    region_heads: int = 8
+    score: str = "paper"
+    head_width: int = 512
+    head_out: int = 256
+    head_rank: int = 64
+    head_groups: int = 32
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        if self.size % 32 or self.score not in SCORES:
+            raise ValueError(
+                f"size {self.size} must be a multiple of 32 and score {self.score!r} one of {SCORES}"
+            )
+        if self.regions > self.grid**2:
+            raise ValueError(f"{self.regions} regions of {self.grid**2} cannot be chosen")
+
+    @property
+    def grid(self) -> int:
+        """Regions per side: the side of the coarsest map."""
+        return self.size // 32
+
+
+PAPER = SLViTConfig()
+TINY = SLViTConfig(
+    size=96,
+    widths=(16, 40, 72, 104),
+    depths=(1, 2, 3, 1),
+    ratios=(4, 4, 3, 3),
+    drop_path=0.0,
+    layer_scale=0.3,
+    regions=4,
+    region_width=48,
+    region_heads=4,
+    head_width=48,
+    head_out=24,
+    head_rank=16,
+    head_groups=8,
+    text=TextConfig(vocabulary=64, width=48, layers=2, heads=4, hidden=96, positions=20),
+)
+CONFIGS = {"paper": PAPER, "tiny": TINY}
+
+
+class VisionLanguageAttention(nn.Module):
+    """Pixels attend to words, one head as wide as the map, instance-normalised on both sides."""
+
+    def __init__(self, width: int, text_width: int) -> None:
+        super().__init__()
+        self.project_q = nn.Sequential(nn.Conv1d(width, width, 1), nn.Identity())
+        self.project_k = nn.Sequential(nn.Conv1d(text_width, width, 1))
+        self.project_v = nn.Sequential(nn.Conv1d(text_width, width, 1))
+        self.W = nn.Sequential(nn.Conv1d(width, width, 1), nn.Identity())
+        self.norm = nn.InstanceNorm2d(width)
+
+    def project_text(self, text: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Word vectors [B, E, T] to scaled keys [B, T, C] and values [B, C, T], zero at padding."""
+        keys = self.project_k(text) * (words[:, None, :] * self.W[0].out_channels**-0.5)
+        values = self.project_v(text) * words[:, None, :]
+        return keys.transpose(1, 2), values
+
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The attended map [B, C, H, W] and the attention weights [B, T, H * W]."""
+        height, width = x.shape[2:]
+        query = self.norm(pointwise(x, self.project_q[0].weight, self.project_q[0].bias))
+        scores = keys @ query.flatten(2)
+        weights = torch.softmax(torch.where(words[:, :, None], scores, MASKED), dim=1)
+        attended = (values @ weights).unflatten(2, (height, width))
+        return self.norm(pointwise(attended, self.W[0].weight, self.W[0].bias)), weights
+
+
+class GatedCross(nn.Module):
+    """The text branch of a block: attention to words, then a tanh gate on itself."""
+
+    def __init__(self, width: int, text_width: int) -> None:
+        super().__init__()
+        self.vis_lang_att = VisionLanguageAttention(width, text_width)
+        self.res_gate = nn.Sequential(
+            nn.Linear(width, width, bias=False),
+            nn.ReLU(),
+            nn.Linear(width, width, bias=False),
+            nn.Tanh(),
+        )
+
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        attended, weights = self.vis_lang_att(x, keys, values, words)
+        hidden = F.relu(pointwise(attended, self.res_gate[0].weight))
+        gate = torch.tanh(pointwise(hidden, self.res_gate[2].weight))
+        return gate * attended, weights
+
+
+class LMFA(StripConvs):
+    """Language-guided multi-scale fusion attention: strip convolutions plus the text branch."""
+
+    def __init__(self, width: int, text_width: int) -> None:
+        super().__init__(width)
+        self.conv3 = nn.Conv2d(width, width, 1)
+        self.fusion = GatedCross(width, text_width)
+
+    def forward(
+        self, u: Tensor, keys: Tensor, values: Tensor, words: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        base, total = self.strips(u)
+        fused, weights = self.fusion(base, keys, values, words)
+        return self.conv3(total + fused) * u, weights
+
+
+class Attention(nn.Module):
+    """1x1, GELU, LMFA, 1x1, residual."""
+
+    def __init__(self, width: int, text_width: int) -> None:
+        super().__init__()
+        self.proj_1 = nn.Conv2d(width, width, 1)
+        self.spatial_gating_unit = LMFA(width, text_width)
+        self.proj_2 = nn.Conv2d(width, width, 1)
+
+    def forward(
+        self, z: Tensor, keys: Tensor, values: Tensor, words: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        u = F.gelu(self.proj_1(z))
+        gated, weights = self.spatial_gating_unit(u, keys, values, words)
+        return self.proj_2(gated) + z, weights
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a batch norm, scaled per channel, on a residual path."""
+
+    def __init__(
+        self, width: int, ratio: int, text_width: int, drop: float, scale: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(width)
+        self.attn = Attention(width, text_width)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.mlp = Mlp(width, ratio)
+        self.layer_scale_1 = nn.Parameter(torch.full((width,), scale))
+        self.layer_scale_2 = nn.Parameter(torch.full((width,), scale))
+        self.drop = drop
+
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        attended, weights = self.attn(self.norm1(x), keys, values, words)
+        x = x + self._thin(self.layer_scale_1.view(-1, 1, 1) * attended)
+        x = x + self._thin(self.layer_scale_2.view(-1, 1, 1) * self.mlp(self.norm2(x)))
+        return x, weights
+
+    def _thin(self, x: Tensor) -> Tensor:
+        """Stochastic depth, in training only (Huang et al., ECCV 2016)."""
+        if not self.training or self.drop == 0.0:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.drop
+        return x * keep / (1.0 - self.drop)
+
+
+class Encoder(nn.Module):
+    """The four stages; every one returns its normalised map and how relevant each pixel is."""
+
+    def __init__(self, config: SLViTConfig) -> None:
+        super().__init__()
+        rates = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        for i, (width, depth, ratio) in enumerate(
+            zip(config.widths, config.depths, config.ratios, strict=True), start=1
+        ):
+            embed = Stem(width) if i == 1 else PatchEmbed(config.widths[i - 2], width)
+            blocks = [
+                Block(width, ratio, config.text.width, rates.pop(0), config.layer_scale)
+                for _ in range(depth)
+            ]
+            setattr(self, f"patch_embed{i}", embed)
+            setattr(self, f"block{i}", nn.ModuleList(blocks))
+            setattr(self, f"norm{i}", ChannelNorm(width))
+
+    def blocks(self, stage: int) -> nn.ModuleList:
+        """The blocks of stage 1 to 4."""
+        blocks: nn.ModuleList = getattr(self, f"block{stage}")
+        return blocks
+
+    def project_text(self, text: Tensor, words: Tensor) -> TextProducts:
+        """Word vectors [B, T, E] to keys_1 [B, depth, T, C], values_1 [B, depth, C, T], keys_2 ..."""
+        text = text.transpose(1, 2)
+        products: list[Tensor] = []
+        for stage in (1, 2, 3, 4):
+            pairs = [
+                block.attn.spatial_gating_unit.fusion.vis_lang_att.project_text(text, words)
+                for block in self.blocks(stage)
+            ]
+            products.append(torch.stack([keys for keys, _ in pairs], dim=1))
+            products.append(torch.stack([values for _, values in pairs], dim=1))
+        return tuple(products)
+
+    def forward(
+        self, x: Tensor, words: Tensor, products: TextProducts
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Normalised pixels to four maps [B, C_i, H_i, W_i] and relevances [B, 1, H_i, W_i]."""
+        maps, relevances = [], []
+        for stage in (1, 2, 3, 4):
+            x = getattr(self, f"patch_embed{stage}")(x)
+            keys, values = products[2 * stage - 2 : 2 * stage]
+            for j, block in enumerate(self.blocks(stage)):
+                x, weights = block(x, keys[:, j], values[:, j], words)
+            relevances.append(weights.amax(1, keepdim=True).unflatten(2, x.shape[2:]))
+            x = getattr(self, f"norm{stage}")(x)
+            maps.append(x)
+        return maps, relevances
+
+
+class SLViT(nn.Module):
+    """The whole network; see the module docstring."""
+
+    def __init__(self, config: SLViTConfig = PAPER) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Encoder(config)
+        self.text_encoder = bert(config.text)
+        self.inter_trans = CrossScaleEnhancement(
+            config.widths,
+            config.grid,
+            config.region_width,
+            config.region_heads,
+            config.regions,
+            config.score,
+        )
+        self.squeelayers = nn.ModuleList(nn.Conv2d(2 * c, c, 1) for c in config.widths)
+        self.normlayers = nn.ModuleList(ChannelNorm(c) for c in config.widths)
+        self.classifier = LightHamHead(
+            config.widths,
+            config.head_width,
+            config.head_out,
+            config.head_rank,
+            config.head_groups,
+            (6, 7),
+        )
+        self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
+        self.register_buffer("std", torch.tensor(STD), persistent=False)
+
+    mean: Tensor
+    std: Tensor
+
+    def encode_text(self, ids: Tensor, words: Tensor) -> TextProducts:
+        """ids [B, T] int32, words [B, T] bool to the text products of every block."""
+        return self.backbone.project_text(encode(self.text_encoder, ids, words), words)
+
+    def features(
+        self, pixels: Tensor, words: Tensor, products: TextProducts
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The encoder's maps and relevances; pixels [B, H, W, 3] uint8."""
+        return self.backbone(normalise_pixels(pixels, self.mean, self.std), words, products)
+
+    def decode(self, maps: list[Tensor], relevances: list[Tensor]) -> Tensor:
+        """Maps to logits [B, H, W], foreground minus background, so the mask is logit > 0.
+
+        The difference is taken before the upsampling, with which it commutes.
+        """
+        enhanced = self.inter_trans(maps, relevances)
+        fused = [
+            F.relu(norm(squeeze(torch.cat((g, f), dim=1))))
+            for g, f, squeeze, norm in zip(
+                enhanced, maps, self.squeelayers, self.normlayers, strict=True
+            )
+        ]
+        classes = self.classifier(fused)
+        logit = classes[:, 1:2] - classes[:, 0:1]
+        logit = F.interpolate(logit, scale_factor=4, mode="bilinear", align_corners=True)
+        return logit.squeeze(1)
+
+    def forward(self, pixels: Tensor, ids: Tensor, words: Tensor) -> Tensor:
+        """pixels [B, H, W, 3] uint8, ids [B, T] int32, words [B, T] bool to logits [B, H, W]."""
+        maps, relevances = self.features(pixels, words, self.encode_text(ids, words))
+        return self.decode(maps, relevances)
+
+    def parts(self) -> tuple[Part, ...]:
+        """The two graphs: ``text`` once per expression, ``mask`` for every picture."""
+        c = self.config
+        ids = Port("ids", "int32", (BATCH, c.words))
+        words = Port("words", "bool", (BATCH, c.words))
+        products = tuple(
+            port
+            for i, (depth, width) in enumerate(zip(c.depths, c.widths, strict=True), start=1)
+            for port in (
+                Port(f"keys_{i}", "float32", (BATCH, depth, c.words, width)),
+                Port(f"values_{i}", "float32", (BATCH, depth, width, c.words)),
+            )
+        )
+        pixels = Port("pixels", "uint8", (BATCH, c.size, c.size, 3))
+        logits = Port("logits", "float32", (BATCH, c.size, c.size))
+        return (
+            Part("text", _TextPart(self), (ids, words), products, self._example_text),
+            Part("mask", _MaskPart(self), (pixels, words, *products), (logits,), self._example),
+        )
+
+    def _example_text(self, batch: int, seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        c = self.config
+        lengths = torch.randint(3, c.words + 1, (batch, 1), generator=generator)
+        words = torch.arange(c.words)[None] < lengths
+        ids = torch.randint(2, c.text.vocabulary, (batch, c.words), generator=generator)
+        return (ids * words).to(torch.int32), words
+
+    def _example(self, batch: int, seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed + 1)
+        shape = (batch, 3, self.config.size // 16, self.config.size // 16)
+        coarse = torch.randint(0, 256, shape, generator=generator).float()
+        pixels = F.interpolate(coarse, scale_factor=16, mode="bilinear").round().to(torch.uint8)
+        ids, words = self._example_text(batch, seed)
+        with torch.no_grad():
+            products = self.encode_text(ids, words)
+        return (pixels.permute(0, 2, 3, 1).contiguous(), words, *products)
+
+
+class _TextPart(nn.Module):
+    def __init__(self, model: SLViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, words: Tensor) -> TextProducts:
+        return self.model.encode_text(ids, words)
+
+
+class _MaskPart(nn.Module):
+    def __init__(self, model: SLViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, words: Tensor, *products: Tensor) -> Tensor:
+        return self.model.decode(*self.model.features(pixels, words, products))
