@@ -106,10 +106,11 @@ class VisionLanguageAttention(nn.Module):
         self.norm = nn.InstanceNorm2d(width)
 
     def project_text(self, text: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Word vectors [B, E, T] to scaled keys [B, T, C] and values [B, C, T], zero at padding."""
-        keys = self.project_k(text) * (words[:, None, :] * self.W[0].out_channels**-0.5)
-        values = self.project_v(text) * words[:, None, :]
-        return keys.transpose(1, 2), values
+        """Word vectors [B, T, E] to scaled keys and to values, both [B, T, C], zero at padding."""
+        k, v = self.project_k[0], self.project_v[0]
+        valid = words[:, :, None].to(text.dtype)
+        keys = F.linear(text, k.weight[:, :, 0], k.bias) * (valid * k.out_channels**-0.5)
+        return keys, F.linear(text, v.weight[:, :, 0], v.bias) * valid
 
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
@@ -234,7 +235,6 @@ class Encoder(nn.Module):
 
     def project_text(self, text: Tensor, words: Tensor) -> TextProducts:
         """Word vectors [B, T, E] to keys_1 [B, depth, T, C], values_1 [B, depth, C, T], keys_2 ..."""
-        text = text.transpose(1, 2)
         products: list[Tensor] = []
         for stage in (1, 2, 3, 4):
             pairs = [
@@ -242,7 +242,7 @@ class Encoder(nn.Module):
                 for block in self.blocks(stage)
             ]
             products.append(torch.stack([keys for keys, _ in pairs], dim=1))
-            products.append(torch.stack([values for _, values in pairs], dim=1))
+            products.append(torch.stack([values for _, values in pairs], dim=1).transpose(2, 3))
         return tuple(products)
 
     def forward(

@@ -51,6 +51,17 @@ def token_rows(texts: list[str], length: int) -> tuple[Tensor, Tensor]:
     return ids, ids != 0
 
 
+def meanings() -> Tensor:
+    """[V, 4] int64: which shape, colour, pattern, size a token names, from 1; 0 for none."""
+    vocabulary = tokenizer().get_vocab()
+    table = torch.zeros(len(vocabulary), len(ATTRIBUTES), dtype=torch.long)
+    for column, names in enumerate(ATTRIBUTES):
+        for value, name in enumerate(names, start=1):
+            if name in vocabulary:
+                table[vocabulary[name], column] = value
+    return table
+
+
 def collate(samples: list[Sample], length: int) -> Batch:
     """Every expression of every sample, in order."""
     pairs = [(sample, e) for sample in samples for e in sample.expressions]

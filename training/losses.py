@@ -24,6 +24,37 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return cross_entropy + 0.5 * dice.mean()
 
 
+def grounding_loss(
+    weights: Tensor, meanings: Tensor, words: Tensor, labels: Tensor
+) -> Tensor:
+    """Pixels are to attend to the words that are true of them.
+
+    A pixel of a red circle should look at "red" and "circle" where they are said, and at a word
+    that names no attribute otherwise. Without this push the network is slow to find out what a
+    word has to do with a pixel, because instance normalisation removes whatever an expression
+    says to all pixels alike.
+
+    weights:  [B, T, h * w] attention over words.
+    meanings: [B, T, 4] attribute value of each word, 0 where it names none (``batches.meanings``).
+    words:    [B, T] bool. labels: [B, 4, H, W] attribute values of the pixels.
+    """
+    side = int(weights.shape[2] ** 0.5)
+    here = _sample(labels, side).flatten(2)
+    named = meanings[:, :, :, None]
+    true = ((named == here[:, None]) & (named > 0)).any(2)
+    neutral = (words & (meanings == 0).all(2))[:, :, None]
+    wanted = torch.where(true.any(1, keepdim=True), true, neutral)
+    loss = -torch.log((weights.float() * wanted).sum(1) + 1e-3) * wanted.any(1)
+    seen = here[:, 0] > 0
+    return loss[seen].mean() + 0.3 * loss[~seen].mean()
+
+
+def _sample(labels: Tensor, side: int) -> Tensor:
+    """Labels [B, 4, H, W] at the centres of a side x side grid."""
+    step = labels.shape[2] // side
+    return labels[:, :, step // 2 :: step, step // 2 :: step].long()
+
+
 class AttributeHead(nn.Module):
     """Training only: from encoder maps, the attributes and the mask on their coarse grids.
 
@@ -41,12 +72,11 @@ class AttributeHead(nn.Module):
         total = labels.new_zeros((), dtype=torch.float32)
         for layer, x in zip(self.layers, maps, strict=True):
             out = layer(x).float()
-            step = labels.shape[2] // out.shape[2]
-            here = labels[:, :, step // 2 :: step, step // 2 :: step].long()
+            here = _sample(labels, out.shape[2])
             for values, truth in zip(
                 out[:, 1:].split(self.sizes, dim=1), here.unbind(1), strict=True
             ):
                 total = total + F.cross_entropy(values, truth) / len(self.sizes)
-            coarse = F.avg_pool2d(masks[:, None].float(), step)
+            coarse = F.avg_pool2d(masks[:, None].float(), masks.shape[1] // out.shape[2])
             total = total + F.binary_cross_entropy_with_logits(out[:, :1], coarse)
         return total / len(self.layers)

@@ -20,7 +20,7 @@ class Recipe:
     steps:        optimiser steps; the schedule is a cosine over all of them.
     scenes:       scenes per step, each with four expressions (``MIXTURE``).
     rate:         highest learning rate, reached after ``warmup`` steps.
-    auxiliary:    weight of the attribute loss, which fades to zero over the run's first half.
+    auxiliary:    weight of the attribute and grounding losses, which fade to zero over the run's first half.
     average:      decay of the exponential moving average of the weights, which is what is kept.
     bfloat16:     autocast to bfloat16.
     """

@@ -22,9 +22,9 @@ from ..data.protocols import PROTOCOLS, Meter, Scores
 from ..data.refshapes.dataset import RefShapes
 from ..errors import CheckpointError
 from ..models.checkpoint import save_checkpoint, write_atomically
-from ..models.slvit import SLViT, SLViTConfig
-from .batches import Batch, collate, stream, tokenizer
-from .losses import AttributeHead, mask_loss
+from ..models.slvit import SLViT, SLViTConfig, VisionLanguageAttention
+from .batches import Batch, collate, meanings, stream, tokenizer
+from .losses import AttributeHead, grounding_loss, mask_loss
 from .recipe import Recipe
 
 STATE = "state.pt"
@@ -89,6 +89,11 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             _groups(nn.ModuleList((self.model, self.head)), recipe.decay), lr=recipe.rate
         )
+        self.attention: list[Tensor] = []  # what each block attended to in the last forward
+        for module in self.model.modules():
+            if isinstance(module, VisionLanguageAttention):
+                module.register_forward_hook(lambda _m, _i, out: self.attention.append(out[1]))
+        self.meanings = meanings().to(device)
         self.step = 0
         self.curve: list[dict[str, Any]] = []
         self._validation = collate(list(RefShapes("val", size=config.size, scenes=80)), config.words)
@@ -108,13 +113,19 @@ class _Run:
             group["lr"] = recipe.rate * _schedule(self.step, recipe)
         pixels, ids, words = (t.to(device) for t in (batch.pixels, batch.ids, batch.words))
         masks, labels = batch.masks.to(device), batch.labels.to(device)
+        self.attention.clear()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=recipe.bfloat16):
             products = self.model.encode_text(ids, words)
             maps, relevances = self.model.features(pixels, words, products)
             logits = self.model.decode(maps, relevances).float()
         loss = mask_loss(logits, masks)
         weight = recipe.auxiliary * max(0.0, 1.0 - 2.0 * self.step / recipe.steps)
-        total = loss + weight * self.head(maps[1:], labels, masks) if weight else loss
+        total = loss
+        if weight:
+            named = self.meanings[ids.long()]
+            grounded = sum(grounding_loss(a, named, words, labels) for a in self.attention)
+            total = loss + weight * self.head(maps[1:], labels, masks)
+            total = total + weight * grounded / len(self.attention)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)

@@ -1,0 +1,122 @@
+"""``refedge export``: a checkpoint to a bundle, with its parity measured on the way."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ..models.checkpoint import Loaded
+from ..models.parts import Part, Port
+from ..models.tokenizers import STAND_IN
+from ..runtime.manifest import (
+    DialectSpec,
+    Manifest,
+    PartSpec,
+    PostprocessSpec,
+    PreprocessSpec,
+    TensorSpec,
+    TokenizerSpec,
+)
+from .bundle import BundleWriter
+from .dialects import ort_fp32
+from .from_torch import to_onnx
+from .lint import require_clean
+from .parity import measure
+from .weights import split_weights
+
+PROFILE = (1, 1, 16)
+_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
+
+
+def export(loaded: Loaded, target: Path, *, say: Callable[[str], None] = print) -> Manifest:
+    """Trace every part, check it, measure parity, and write ``target`` (a ``.refedge`` folder).
+
+    Raises ExportError for a graph that breaks a rule or a parity bar; nothing is left behind.
+    """
+    parts = loaded.model.parts()
+    specs = tuple(_spec(part) for part in parts)
+    with BundleWriter(target) as writer:
+        canonical: dict[str, str] = {}
+        ort: dict[str, str] = {}
+        for part in parts:
+            say(f"tracing {part.name}")
+            model = to_onnx(part)
+            require_clean(model)
+            name, content = split_weights(model)
+            writer.add(f"graphs/{name}", content)
+            canonical[part.name] = _add_graph(writer, model, part.name)
+            ort[part.name] = _add_graph(writer, ort_fp32(model), f"{part.name}.ort.fp32")
+        say("measuring parity")
+        parity = measure(
+            loaded.model,
+            parts,
+            specs,
+            {name: writer.folder / file for name, file in canonical.items()},
+            {"ort fp32": {name: writer.folder / file for name, file in ort.items()}},
+        )
+        writer.add("tokenizer.json", loaded.tokenizer.to_str(pretty=True).encode())
+        return writer.commit(_manifest(loaded, specs, canonical, ort, parity))
+
+
+def _add_graph(writer: BundleWriter, model: onnx.ModelProto, stem: str) -> str:
+    name = f"graphs/{stem}.onnx"
+    writer.add(name, model.SerializeToString(deterministic=True))
+    return name
+
+
+def _manifest(
+    loaded: Loaded,
+    specs: tuple[PartSpec, ...],
+    canonical: dict[str, str],
+    ort: dict[str, str],
+    parity: dict[str, Any],
+) -> Manifest:
+    config = loaded.model.config
+    unknown = loaded.tokenizer.token_to_id("[UNK]")
+    stand_in = loaded.card.tokenizer == STAND_IN
+    return Manifest(
+        model=loaded.card.model,
+        config=json.loads(json.dumps(asdict(config))),
+        preprocess=PreprocessSpec(config.size, config.size),
+        tokenizer=TokenizerSpec(
+            "tokenizer.json",
+            words=config.words,
+            pad=loaded.tokenizer.token_to_id("[PAD]"),
+            unknown=unknown,
+            closed=loaded.tokenizer.token_to_id("[CLS]") is None,
+            stand_in=stand_in,
+        ),
+        postprocess=PostprocessSpec(),
+        protocol="refshapes" if loaded.card.training else "lavt480",
+        parts=specs,
+        canonical=canonical,
+        dialects=(DialectSpec("ort", "fp32", ort),),
+        files={},
+        provenance={
+            "checkpoint": loaded.card.sha256 or "none: seeded, untrained weights",
+            "trained": bool(loaded.card.training),
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in ("refedge", *_PACKAGES)},
+        },
+        parity=parity,
+    )
+
+
+def _spec(part: Part) -> PartSpec:
+    return PartSpec(
+        part.name,
+        tuple(_tensor(p) for p in part.inputs),
+        tuple(_tensor(p) for p in part.outputs),
+        PROFILE,
+    )
+
+
+def _tensor(port: Port) -> TensorSpec:
+    return TensorSpec(port.name, port.dtype, port.shape)

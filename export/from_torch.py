@@ -1,0 +1,83 @@
+"""torch to canonical ONNX: one part of a model, traced by torch's dynamo exporter.
+
+The only file of ``export`` besides ``parity`` that needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import torch
+
+from ..errors import ExportError
+from ..models.parts import BATCH, Part
+from .canonical import OPSET, canonical
+
+_TRACED_BATCH = 2  # a batch of 1 would be taken for a constant
+_LARGEST_BATCH = 64
+
+
+def to_onnx(part: Part) -> onnx.ModelProto:
+    """Trace one part and bring the graph into refedge's canonical form.
+
+    The batch is dynamic, everything else fixed: fp32, opset 20, ``ir_version`` 10.
+    Raises ExportError where torch cannot trace the module.
+    """
+    inputs = part.example(_TRACED_BATCH, 0)
+    batch = torch.export.Dim(BATCH, min=1, max=_LARGEST_BATCH)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                part.module,
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=True,
+                verbose=False,
+                input_names=[port.name for port in part.inputs],
+                output_names=[port.name for port in part.outputs],
+                dynamic_shapes=_dynamic(part, batch),
+            )
+    except Exception as error:  # whatever a user's forward raises while it is traced
+        raise ExportError(
+            "export-trace",
+            f"torch cannot trace the part {part.name!r}",
+            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            fix="avoid data-dependent shapes and control flow in forward",
+        ) from error
+    if program is None:
+        raise ExportError(
+            "export-trace",
+            f"torch exported nothing for the part {part.name!r}",
+            why="torch.onnx.export returned None",
+            fix="use torch 2.11 or later",
+        )
+    return canonical(program.model_proto, part.name)
+
+
+def _dynamic(part: Part, batch: Any) -> Any:
+    """Axis 0 of every input is the batch; a ``*args`` forward wants its tail as one tuple."""
+    axes = [{0: batch} for _ in part.inputs]
+    code = part.module.forward.__code__
+    named = code.co_argcount - 1
+    if code.co_flags & 0x04:  # CO_VARARGS
+        return (*axes[:named], tuple(axes[named:]))
+    return tuple(axes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's chatter about packages that refedge does not use."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

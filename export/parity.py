@@ -1,0 +1,171 @@
+"""Parity: torch, the canonical graph and every dialect on the same inputs, measured.
+
+The canonical graph runs on ONNX Runtime with all optimisations off, so that the graph itself is
+judged; a dialect runs as it will run for the user. A bundle whose parity misses a bar is not
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from torch import nn
+
+from ..errors import ExportError
+from ..models.parts import Part
+from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
+from ..runtime.manifest import PartSpec
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+BATCHES = (1, 4)
+SIGMA_BAR = 1e-3
+IOU_BAR = 0.999
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two sets of outputs are apart.
+
+    sigma: largest absolute difference over the reference's standard deviation.
+    iou:   of the masks logit > 0; None for outputs that are no logits.
+    """
+
+    sigma: float
+    cosine: float
+    iou: float | None
+
+
+def compare(reference: Arrays, found: Arrays) -> Agreement:
+    """The worst over all outputs."""
+    sigma, cosine, iou = 0.0, 1.0, None
+    for name, value in reference.items():
+        a, b = value.astype(np.float64), found[name].astype(np.float64)
+        scale = max(float(a.std()), 1e-12)
+        sigma = max(sigma, float(np.abs(a - b).max()) / scale)
+        norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+        cosine = min(cosine, float((a * b).sum()) / norms if norms else 1.0)
+        if name == "logits":
+            union = np.count_nonzero((a > 0) | (b > 0))
+            iou = np.count_nonzero((a > 0) & (b > 0)) / union if union else 1.0
+    return Agreement(sigma, cosine, iou)
+
+
+def measure(
+    model: nn.Module,
+    parts: Sequence[Part],
+    specs: Sequence[PartSpec],
+    canonical: Mapping[str, Path],
+    dialects: Mapping[str, Mapping[str, Path]],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Parity of every part and of the whole, at every batch size; a record for the manifest.
+
+    canonical, dialects: graph files by part name. Raises ExportError where a bar is missed.
+    """
+    runners = {"canonical": _Plain(canonical, specs)}
+    runners |= {name: _Plain(graphs, specs, OnnxRuntimeBackend()) for name, graphs in dialects.items()}
+    record: dict[str, Any] = {
+        "reference": f"torch {torch.__version__} eager float32 on the CPU",
+        "seed": seed,
+        "bars": {"sigma": SIGMA_BAR, "iou": IOU_BAR},
+        "runs": {},
+    }
+    for batch in BATCHES:
+        inputs, steps = _torch_run(parts, batch, seed)
+        for name, runner in runners.items():
+            row = {
+                part.name: asdict(compare(outputs, runner.run(part.name, taken)))
+                for part, (taken, outputs) in zip(parts, steps, strict=True)
+            }
+            whole = compare(steps[-1][1], runner.chain(parts, inputs))
+            row["end_to_end"] = asdict(whole)
+            record["runs"][f"{name}, batch {batch}"] = row
+            _require(name, batch, whole)
+        margin = getattr(model, "selection_margin", None)
+        if margin is not None:
+            record.setdefault("topk_margin", {})[f"batch {batch}"] = margin(inputs)
+    return record
+
+
+class _Plain:
+    """The graphs of one dialect, by part name; without a backend, ONNX Runtime unoptimised."""
+
+    def __init__(
+        self,
+        graphs: Mapping[str, Path],
+        specs: Sequence[PartSpec],
+        backend: OnnxRuntimeBackend | None = None,
+    ) -> None:
+        self._parts: dict[str, Any] = {}
+        for spec in specs:
+            if backend is not None:
+                self._parts[spec.name] = backend.load(graphs[spec.name], spec).run
+                continue
+            options = onnxruntime.SessionOptions()
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.log_severity_level = 3
+            session = onnxruntime.InferenceSession(
+                str(graphs[spec.name]), options, providers=["CPUExecutionProvider"]
+            )
+            self._parts[spec.name] = _named(session, [o.name for o in spec.outputs])
+
+    def run(self, part: str, inputs: Arrays) -> Arrays:
+        outputs: Arrays = self._parts[part](inputs)
+        return outputs
+
+    def chain(self, parts: Sequence[Part], inputs: Arrays) -> Arrays:
+        """All parts, each fed by the host's inputs and by the parts before it."""
+        known = dict(inputs)
+        outputs: Arrays = {}
+        for part in parts:
+            outputs = self.run(part.name, {port.name: known[port.name] for port in part.inputs})
+            known |= outputs
+        return outputs
+
+
+def _named(session: onnxruntime.InferenceSession, names: list[str]) -> Any:
+    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+
+
+@torch.no_grad()
+def _torch_run(
+    parts: Sequence[Part], batch: int, seed: int
+) -> tuple[Arrays, list[tuple[Arrays, Arrays]]]:
+    """Host inputs, and for each part what it took and gave."""
+    host: Arrays = {}
+    known: dict[str, torch.Tensor] = {}
+    steps = []
+    for part in parts:
+        example = dict(zip((p.name for p in part.inputs), part.example(batch, seed), strict=True))
+        taken = {name: known.get(name, value) for name, value in example.items()}
+        host |= {n: v.numpy() for n, v in taken.items() if n not in known and n not in host}
+        outputs = part.module(*taken.values())
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        given = dict(zip((p.name for p in part.outputs), outputs, strict=True))
+        known |= taken | given
+        steps.append((_arrays(taken), _arrays(given)))
+    return host, steps
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
+    return {name: t.contiguous().numpy() for name, t in tensors.items()}
+
+
+def _require(name: str, batch: int, whole: Agreement) -> None:
+    if whole.sigma <= SIGMA_BAR and (whole.iou is None or whole.iou >= IOU_BAR):
+        return
+    raise ExportError(
+        "export-parity",
+        f"{name} does not compute what the torch model computes (batch {batch})",
+        why=f"logits differ by {whole.sigma:.2e} σ (bar {SIGMA_BAR:.0e}), "
+        f"masks agree to {whole.iou:.4f} (bar {IOU_BAR})",
+        fix="look at the parts' own figures with `refedge export --keep-going`",
+    )

@@ -1,0 +1,31 @@
+"""What a backend must do: load a graph, say what it takes, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..manifest import PartSpec
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+
+
+class LoadedPart(Protocol):
+    """A graph that is ready to run."""
+
+    def run(self, inputs: Arrays) -> dict[str, npt.NDArray[np.generic]]:
+        """Outputs by name; inputs must match the part's specification."""
+
+
+class Backend(Protocol):
+    """A runtime that can load parts of a bundle."""
+
+    name: str
+    dialect: str
+
+    def load(self, graph: Path, part: PartSpec) -> LoadedPart:
+        """Load one graph and check it against the part's specification."""

@@ -1,0 +1,167 @@
+"""What a bundle says of itself: frozen records, one JSON file.
+
+``docs/bundle.md`` is the specification. A manifest carries a digest of its own bytes and the
+SHA-256 of every other file, so a reader knows that it holds what the exporter wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from ..errors import BundleError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_BLANK = "0" * 64
+_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor: NumPy dtype name, shape of integers and symbols such as ``batch``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """One graph of the model; ``profile`` gives the least, usual and largest batch."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profile: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """How a picture becomes ``pixels``: uint8 RGB, height x width, resized on the host.
+
+    resize: ``squash`` (both sides to the target, aspect not kept).
+    filter: Pillow's name of the resampling filter, which antialiases when it shrinks.
+    """
+
+    height: int
+    width: int
+    resize: str = "squash"
+    filter: str = "bilinear"
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """How an expression becomes ``ids`` and ``words``.
+
+    words:      ids per expression; shorter ones are padded with ``pad``.
+    truncation: ``cut`` keeps the first ids, even if that drops a closing special token.
+    unknown:    id of unknown words; ``closed`` vocabularies refuse them, because the model has
+                never seen anything but its vocabulary.
+    stand_in:   the vocabulary is made up, because the real one is a download.
+    """
+
+    file: str
+    words: int
+    pad: int
+    unknown: int
+    closed: bool
+    stand_in: bool
+    truncation: str = "cut"
+
+
+@dataclass(frozen=True)
+class PostprocessSpec:
+    """How logits become a mask: resized to the picture by ``resize``, then ``> threshold``."""
+
+    threshold: float = 0.0
+    resize: str = "bilinear"
+
+
+@dataclass(frozen=True)
+class DialectSpec:
+    """The graphs of one precision plan for one family of runtimes; part name to file."""
+
+    name: str
+    plan: str
+    graphs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Size in bytes and SHA-256 of a file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest; see ``docs/bundle.md``."""
+
+    model: str
+    config: dict[str, Any]
+    preprocess: PreprocessSpec
+    tokenizer: TokenizerSpec
+    postprocess: PostprocessSpec
+    protocol: str
+    parts: tuple[PartSpec, ...]
+    canonical: dict[str, str]
+    dialects: tuple[DialectSpec, ...]
+    files: dict[str, FileSpec]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
+    accuracy: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+    digest: str = _BLANK
+
+    @property
+    def plans(self) -> tuple[str, ...]:
+        """Names of the precision plans that a dialect was written for."""
+        return tuple(dict.fromkeys(d.plan for d in self.dialects))
+
+    def part(self, name: str) -> PartSpec:
+        """The part of that name."""
+        return next(p for p in self.parts if p.name == name)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Indented JSON with its own digest filled in."""
+    blank = msgspec.json.format(msgspec.json.encode(replace(manifest, digest=_BLANK)), indent=1)
+    digest = hashlib.sha256(blank).hexdigest()
+    return _DIGEST.sub(f'"digest": "{digest}"'.encode(), blank)
+
+
+def decode_manifest(raw: bytes) -> Manifest:
+    """Check the digest, then parse and validate."""
+    found = _DIGEST.findall(raw)
+    if len(found) != 1:
+        raise _damaged("it holds no digest of itself")
+    digest: bytes = found[0]
+    if hashlib.sha256(raw.replace(digest, _BLANK.encode())).hexdigest() != digest.decode():
+        raise _damaged("its bytes do not match its digest")
+    try:
+        version = msgspec.json.decode(raw)["schema"]
+        if version != SCHEMA:
+            raise BundleError(
+                "bundle-schema",
+                f"the bundle has schema {version}",
+                why=f"this version of refedge reads schema {SCHEMA}",
+                fix="export the model again, or install the refedge that wrote it",
+            )
+        return msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        raise _damaged(str(error)) from error
+
+
+def _damaged(why: str) -> BundleError:
+    return BundleError(
+        "bundle-damaged",
+        f"the bundle's {MANIFEST} is damaged",
+        why=why,
+        fix="copy the bundle again, or export it anew",
+    )

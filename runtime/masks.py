@@ -1,0 +1,105 @@
+"""Logits to a mask, and a mask to what people want of it: array, RLE, picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .manifest import PostprocessSpec
+
+Bools = npt.NDArray[np.bool_]
+_TINT = (255, 64, 32)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds per stage; ``text`` is 0 where the expression was cached."""
+
+    preprocess: float
+    tokenize: float
+    text: float
+    mask: float
+    postprocess: float
+    text_cached: bool
+
+    @property
+    def total(self) -> float:
+        """All stages."""
+        return self.preprocess + self.tokenize + self.text + self.mask + self.postprocess
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What one expression means in one picture.
+
+    array:   [H, W] bool at the picture's size.
+    score:   mean probability of the mask's pixels, 0 where the mask is empty.
+    logits:  [h, w] float32 at the model's size.
+    """
+
+    expression: str
+    array: Bools
+    score: float
+    logits: npt.NDArray[np.float32]
+    image: Image.Image
+    timings: Timings
+
+    def rle(self) -> dict[str, Any]:
+        """COCO run-length encoding: ``{"size": [H, W], "counts": str}``."""
+        return encode_rle(self.array)
+
+    def overlay(self) -> Image.Image:
+        """The picture with the mask tinted and outlined."""
+        return overlay(self.image, self.array)
+
+
+def to_mask(
+    logits: npt.NDArray[np.float32], size: tuple[int, int], spec: PostprocessSpec
+) -> tuple[Bools, float]:
+    """Logits [h, w] to a mask at ``size`` (width, height) and its score."""
+    resized = logits
+    if size != logits.shape[::-1]:
+        scaled = Image.fromarray(logits).resize(size, Image.Resampling.BILINEAR)
+        resized = np.asarray(scaled, np.float32)
+    mask = resized > spec.threshold
+    if not mask.any():
+        return mask, 0.0
+    return mask, float(np.mean(1.0 / (1.0 + np.exp(-resized[mask].astype(np.float64)))))
+
+
+def overlay(image: Image.Image, mask: Bools) -> Image.Image:
+    """Tint the mask's pixels and draw its outline; the rest is dimmed a little."""
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    tint = np.array(_TINT, np.float32)
+    out = np.where(mask[:, :, None], 0.55 * pixels + 0.45 * tint, 0.75 * pixels)
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    out[mask & ~inner] = tint
+    return Image.fromarray(out.astype(np.uint8))
+
+
+def encode_rle(mask: Bools) -> dict[str, Any]:
+    """COCO's compressed run-length encoding of a [H, W] mask.
+
+    Runs go down the columns and start with zeros. From the fourth on, a run is written as its
+    difference to the run two before, in groups of 5 bits plus a continue bit, offset by 48
+    (``maskApi.c`` of pycocotools).
+    """
+    flat = np.concatenate(([False], mask.ravel(order="F"), [False]))
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    ends = edges if edges.size and edges[-1] == mask.size else np.append(edges, mask.size)
+    runs = np.diff(ends, prepend=0).tolist()
+    out = bytearray()
+    for i, run in enumerate(runs):
+        value = run - runs[i - 2] if i > 2 else run
+        more = True
+        while more:
+            bits = value & 31
+            value >>= 5
+            more = value != (-1 if bits & 16 else 0)
+            out.append(48 + bits + (32 if more else 0))
+    return {"size": list(mask.shape), "counts": out.decode("ascii")}

@@ -1,0 +1,171 @@
+"""The face of the runtime: load a bundle, segment what an expression means.
+
+    segmenter = refedge.load("slvit.refedge")
+    mask = segmenter.segment("street.jpg", "the dog left of the bike")
+
+The same code runs on every backend; a backend only runs graphs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..errors import BackendError, InputError
+from .backends.onnx_runtime import OnnxRuntimeBackend
+from .backends.protocol import Arrays, Backend
+from .bundle import Bundle, open_bundle
+from .cache import ArrayCache
+from .manifest import Manifest
+from .masks import Mask, Timings, to_mask
+from .preprocess import Photo, open_photo, to_pixels
+from .tokenizer import ExpressionTokenizer, Tokens
+
+_TEXT_CACHE = 64 << 20  # bytes
+
+
+def load(
+    path: str | Path, *, plan: str = "fp32", backend: str = "auto", threads: int | None = None
+) -> Segmenter:
+    """Open a bundle, verify it, and make one of its plans ready to run.
+
+    plan:    precision plan, one of ``manifest.plans``.
+    backend: ``auto`` or ``onnxruntime``.
+    threads: per operator; None for the backend's own choice.
+    Raises BundleError for a missing or damaged bundle, BackendError for a runtime that is missing.
+    """
+    if backend not in ("auto", "onnxruntime"):
+        raise BackendError(
+            "backend-unknown",
+            f"there is no backend called {backend!r}",
+            why="this version of refedge has onnxruntime",
+            fix="use backend='auto'",
+        )
+    if threads is not None and threads < 1:
+        raise InputError(
+            "threads", f"{threads} threads were asked for", why="at least 1 works", fix="give 1 or more"
+        )
+    return Segmenter(open_bundle(path), plan, OnnxRuntimeBackend(threads))
+
+
+class Segmenter:
+    """One plan of one bundle on one backend. Not for use from several threads at once."""
+
+    def __init__(self, bundle: Bundle, plan: str, backend: Backend) -> None:
+        self.bundle, self.plan, self.backend = bundle, plan, backend
+        manifest = bundle.manifest
+        dialect = bundle.dialect(backend.dialect, plan)
+        self._parts = {
+            part.name: backend.load(bundle.file(dialect.graphs[part.name]), part)
+            for part in manifest.parts
+        }
+        tokenizer_file = bundle.file(manifest.tokenizer.file)
+        self._tokenizer = ExpressionTokenizer(tokenizer_file.read_bytes(), manifest.tokenizer)
+        self._texts = ArrayCache(_TEXT_CACHE)
+        self._largest = manifest.part("mask").profile[2]
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self.bundle.manifest
+
+    def segment(self, image: Photo, expression: str) -> Mask:
+        """The mask of one expression in one picture."""
+        return self.scene(image).segment([expression])[0]
+
+    def scene(self, image: Photo) -> Scene:
+        """A picture that several expressions will be asked of; what it costs is paid once."""
+        photo = open_photo(image)
+        started = time.perf_counter()
+        pixels = to_pixels(photo, self.manifest.preprocess)
+        return Scene(self, photo, pixels, _since(started))
+
+    def tokenize(self, expression: str) -> Tokens:
+        """ids and words of an expression, as the model's own tokenizer makes them."""
+        return self._tokenizer.encode(expression)
+
+    def text(self, tokens: Tokens) -> tuple[Arrays, bool]:
+        """The text part's outputs (batch of one), and whether they came from the cache."""
+        key = tokens.ids.tobytes()
+        held = self._texts.get(key)
+        if held is not None:
+            return held, True
+        inputs = {"ids": tokens.ids[None], "words": tokens.words[None]}
+        products = {**self._parts["text"].run(inputs), "words": inputs["words"]}
+        self._texts.put(key, products)
+        return products, False
+
+    def logits(
+        self, pixels: npt.NDArray[np.uint8], texts: Sequence[Arrays]
+    ) -> npt.NDArray[np.float32]:
+        """Logits [B, h, w] for pixels [B, h, w, 3] and as many outputs of ``text``."""
+        wanted = [t.name for t in self.manifest.part("mask").inputs if t.name != "pixels"]
+        rows = []
+        for start in range(0, len(texts), self._largest):
+            chunk = texts[start : start + self._largest]
+            inputs = {name: np.concatenate([t[name] for t in chunk]) for name in wanted}
+            inputs["pixels"] = pixels[start : start + self._largest]
+            rows.append(self._parts["mask"].run(inputs)["logits"])
+        return np.concatenate(rows).astype(np.float32, copy=False)
+
+
+class Scene:
+    """One picture, prepared."""
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        image: Image.Image,
+        pixels: npt.NDArray[np.uint8],
+        preprocess_ms: float,
+    ) -> None:
+        self.image = image
+        self._segmenter = segmenter
+        self._pixels = pixels
+        self._preprocess_ms = preprocess_ms
+
+    def segment(self, expressions: Sequence[str]) -> list[Mask]:
+        """One mask per expression, in one batch; shared stages are divided among the masks."""
+        if isinstance(expressions, str):
+            expressions = [expressions]
+        if not expressions:
+            return []
+        segmenter, count = self._segmenter, len(expressions)
+        started = time.perf_counter()
+        tokens = [segmenter.tokenize(e) for e in expressions]
+        tokenize_ms = _since(started)
+        texts, text_ms, cached = [], [], []
+        for token in tokens:
+            started = time.perf_counter()
+            products, hit = segmenter.text(token)
+            text_ms.append(_since(started))
+            texts.append(products)
+            cached.append(hit)
+        started = time.perf_counter()
+        pixels = np.broadcast_to(self._pixels[None], (count, *self._pixels.shape))
+        logits = segmenter.logits(np.ascontiguousarray(pixels), texts)
+        mask_ms = _since(started)
+        masks = []
+        for i, expression in enumerate(expressions):
+            started = time.perf_counter()
+            array, score = to_mask(logits[i], self.image.size, segmenter.manifest.postprocess)
+            timings = Timings(
+                preprocess=self._preprocess_ms / count,
+                tokenize=tokenize_ms / count,
+                text=text_ms[i],
+                mask=mask_ms / count,
+                postprocess=_since(started),
+                text_cached=cached[i],
+            )
+            masks.append(Mask(expression, array, score, logits[i], self.image, timings))
+        return masks
+
+
+def _since(started: float) -> float:
+    """Milliseconds since a ``perf_counter`` reading."""
+    return (time.perf_counter() - started) * 1e3
