@@ -51,7 +51,7 @@ def module_of(node: onnx.NodeProto) -> str:
 def fold_constants(model: onnx.ModelProto) -> None:
     """Compute data movement on weights now; exact, since no arithmetic is involved."""
     graph = model.graph
-    constants = {t.name: t for t in graph.initializer}
+    constants: dict[str, TensorProto] = {t.name: t for t in graph.initializer}
     kept = []
     for node in graph.node:
         if node.op_type in _FOLDED and all(i in constants for i in node.input if i):
@@ -68,7 +68,8 @@ def fold_constants(model: onnx.ModelProto) -> None:
                 )
             )
             value = np.asarray(evaluator.run(None, {})[0])
-            constants[node.output[0]] = numpy_helper.from_array(value, node.output[0])
+            name = str(node.output[0])
+            constants[name] = numpy_helper.from_array(value, name)
         else:
             kept.append(node)
     del graph.node[:]

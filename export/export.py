@@ -79,7 +79,7 @@ def _manifest(
     parity: dict[str, Any],
 ) -> Manifest:
     config = loaded.model.config
-    unknown = loaded.tokenizer.token_to_id("[UNK]")
+    vocabulary = loaded.tokenizer.get_vocab()
     stand_in = loaded.card.tokenizer == STAND_IN
     return Manifest(
         model=loaded.card.model,
@@ -88,9 +88,9 @@ def _manifest(
         tokenizer=TokenizerSpec(
             "tokenizer.json",
             words=config.words,
-            pad=loaded.tokenizer.token_to_id("[PAD]"),
-            unknown=unknown,
-            closed=loaded.tokenizer.token_to_id("[CLS]") is None,
+            pad=vocabulary["[PAD]"],
+            unknown=vocabulary["[UNK]"],
+            closed="[CLS]" not in vocabulary,
             stand_in=stand_in,
         ),
         postprocess=PostprocessSpec(),

@@ -115,6 +115,8 @@ def _node(node: onnx.NodeProto) -> list[Finding]:
         return [Finding("shape", *here, f"{node.op_type}: shapes are to be constants")]
     if node.op_type in DECOMPOSED:
         return [
-            Finding("decomposed", *here, f"{node.op_type} where {DECOMPOSED[node.op_type]} was meant")
+            Finding(
+                "decomposed", *here, f"{node.op_type} where {DECOMPOSED[node.op_type]} was meant"
+            )
         ]
     return []

@@ -54,7 +54,8 @@ def compare(reference: Arrays, found: Arrays) -> Agreement:
         cosine = min(cosine, float((a * b).sum()) / norms if norms else 1.0)
         if name == "logits":
             union = np.count_nonzero((a > 0) | (b > 0))
-            iou = np.count_nonzero((a > 0) & (b > 0)) / union if union else 1.0
+            both = np.count_nonzero((a > 0) & (b > 0))
+            iou = float(both / union) if union else 1.0
     return Agreement(sigma, cosine, iou)
 
 
@@ -71,7 +72,9 @@ def measure(
     canonical, dialects: graph files by part name. Raises ExportError where a bar is missed.
     """
     runners = {"canonical": _Plain(canonical, specs)}
-    runners |= {name: _Plain(graphs, specs, OnnxRuntimeBackend()) for name, graphs in dialects.items()}
+    runners |= {
+        name: _Plain(graphs, specs, OnnxRuntimeBackend()) for name, graphs in dialects.items()
+    }
     record: dict[str, Any] = {
         "reference": f"torch {torch.__version__} eager float32 on the CPU",
         "seed": seed,

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .layouts import from_official
+from .seeded import seed_weights
 from .slvit import CONFIGS, SLViT, SLViTConfig
+from .tokenizers import STAND_IN, bert_stand_in, word_level
 
 CARD = "card.json"
 WEIGHTS = "model.safetensors"
@@ -44,7 +47,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode with its tokenizer and card; ``sha256`` is None if untrained."""
+    """A model in evaluation mode with its tokenizer and card (``sha256`` empty if untrained)."""
 
     model: SLViT
     tokenizer: Tokenizer
@@ -73,13 +76,10 @@ def load_checkpoint(name_or_path: str) -> Loaded:
     """Read, verify and build; the weights must fit the card's configuration exactly."""
     folder = locate(name_or_path)
     try:
-        card = msgspec.json.decode((folder / CARD).read_bytes(), type=Card)
-        raw = (folder / WEIGHTS).read_bytes()
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    except (OSError, msgspec.DecodeError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
-        raise _unreadable(folder, error) from error
+        card = msgspec.json.decode(_read(folder / CARD), type=Card)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise _unreadable(folder / CARD, error) from error
+    raw = _read(folder / WEIGHTS)
     digest = hashlib.sha256(raw).hexdigest()
     if digest != card.sha256:
         raise CheckpointError(
@@ -96,12 +96,21 @@ def load_checkpoint(name_or_path: str) -> Loaded:
             fix="use a checkpoint of that model",
         )
     model = SLViT(card.config)
-    fit(model, load(raw))
-    return Loaded(model.eval(), tokenizer, card)
+    fit(model, _parse(folder / WEIGHTS, raw))
+    return Loaded(model.eval(), _tokenizer(folder / TOKENIZER), card)
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(_read(path).decode())
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception for what it cannot parse
+        raise _unreadable(path, error) from error
 
 
 def fit(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state dict whose names and shapes must be the model's, naming every one that is not."""
+    """Load a state dict whose names and shapes must be the model's; every other is named."""
     wanted = model.state_dict()
     missing = sorted(set(wanted) - set(state))
     unexpected = sorted(set(state) - set(wanted))
@@ -123,7 +132,7 @@ def fit(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def compact(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict for disk: matrices and kernels in float16, vectors and statistics as they are."""
+    """The state dict for disk: matrices and kernels in float16, vectors as they are."""
     state = model.state_dict()
     return {
         name: (t.half() if t.ndim > 1 and t.is_floating_point() else t).contiguous()
@@ -137,7 +146,7 @@ def save_checkpoint(
     """Write a checkpoint folder; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = save(compact(model))
-    card = Card("slvit", model.config, hashlib.sha256(raw).hexdigest(), TOKENIZER, training)
+    card = Card("slvit", model.config, hashlib.sha256(raw).hexdigest(), "word-level", training)
     write_atomically(folder / WEIGHTS, raw)
     write_atomically(folder / TOKENIZER, tokenizer.to_str(pretty=True).encode())
     write_card(folder, card)
@@ -146,45 +155,107 @@ def save_checkpoint(
 
 def write_card(folder: Path, card: Card) -> None:
     """Write the card, indented, for people to read."""
-    write_atomically(folder / CARD, msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside the path and rename over it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def configuration(name: str, *, size: int | None = None) -> SLViTConfig:
-    """A named configuration, at another size if one is given."""
-    import dataclasses
-
-    if name not in CONFIGS:
-        raise CheckpointError(
-            "config-unknown",
-            f"SLViT has no configuration called {name!r}",
-            why=f"its configurations are {', '.join(CONFIGS)}",
-            fix="choose one of these",
-        )
-    return dataclasses.replace(CONFIGS[name], **({"size": size} if size else {}))
-
-
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        "checkpoint-unreadable",
-        f"the checkpoint in {folder} cannot be read",
-        why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        fix="fetch the checkpoint again, or train it anew",
+    write_atomically(
+        folder / CARD, msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n"
     )
 
 
-def seeded_everything(seed: int) -> None:
-    """Seed torch's generator; nothing else in refedge draws at random."""
-    torch.manual_seed(seed)
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the path, then rename over it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(data)
+    os.replace(beside, path)
+
+
+def open_model(
+    name: str,
+    words: Sequence[str],
+    *,
+    size: int | None = None,
+    weights: Path | None = None,
+    seed: int = 0,
+) -> Loaded:
+    """A checkpoint by name or folder, or a configuration such as ``slvit:paper``.
+
+    words:   vocabulary for the tokenizer of a bare configuration.
+    size:    pixels per side; None for the configuration's own.
+    weights: safetensors in the official layout for a bare configuration; without, seeded weights.
+    """
+    family, _, configuration = name.partition(":")
+    if not configuration:
+        if weights is not None:
+            raise CheckpointError(
+                "config-unknown",
+                f"{name!r} has weights of its own",
+                why="--weights go with a bare configuration",
+                fix=f"name one of {', '.join('slvit:' + c for c in CONFIGS)}",
+            )
+        return _at_size(load_checkpoint(name), size)
+    config = configuration_named(family, configuration, size)
+    model = SLViT(config).eval()
+    digest = ""
+    if weights is not None:
+        raw = _read(weights)
+        digest = hashlib.sha256(raw).hexdigest()
+        fit(model, from_official(_parse(weights, raw)))
+    else:
+        seed_weights(model, seed)
+    closed = config.text.vocabulary < 1000
+    tokenizer = word_level(words) if closed else bert_stand_in(words, config.text.vocabulary)
+    kind = "word-level" if closed else STAND_IN
+    return Loaded(model, tokenizer, Card("slvit", config, digest, kind))
+
+
+def configuration_named(family: str, name: str, size: int | None = None) -> SLViTConfig:
+    """A named configuration, at another size if one is given."""
+    if family != "slvit" or name not in CONFIGS:
+        raise CheckpointError(
+            "config-unknown",
+            f"there is no configuration {family}:{name}",
+            why=f"known are {', '.join('slvit:' + c for c in CONFIGS)}",
+            fix="choose one of these",
+        )
+    return _resized(CONFIGS[name], size)
+
+
+def _resized(config: SLViTConfig, size: int | None) -> SLViTConfig:
+    try:
+        return config if size is None else replace(config, size=size)
+    except ValueError as error:
+        raise CheckpointError(
+            "config-size",
+            f"SLViT cannot be built for {size} pixels",
+            why=str(error),
+            fix="choose a multiple of 32 of at least 96",
+        ) from error
+
+
+def _at_size(loaded: Loaded, size: int | None) -> Loaded:
+    if size is None or size == loaded.model.config.size:
+        return loaded
+    model = SLViT(_resized(loaded.model.config, size))
+    model.load_state_dict(loaded.model.state_dict())
+    return replace(loaded, model=model.eval())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Tensor]:
+    try:
+        return load(raw)
+    except SafetensorError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "checkpoint-unreadable",
+        f"{path} cannot be read as a checkpoint",
+        why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        fix="fetch it again, or train it anew",
+    )

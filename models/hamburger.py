@@ -104,7 +104,7 @@ class Hamburger(nn.Module):
         e = F.relu(self.ham_in(x)).flatten(2)
         with torch.autocast(x.device.type, enabled=False):
             rebuilt = self.ham(e.float())
-        return F.relu(x + self.ham_out(rebuilt.unflatten(2, (height, width)).to(x.dtype)))
+        return F.relu(x + self.ham_out(rebuilt.reshape(x.shape[0], -1, height, width).to(x.dtype)))
 
 
 class LightHamHead(nn.Module):

@@ -6,14 +6,23 @@ the public checkpoints. All maps are [B, C, H, W].
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution by a weight that is stored as a matrix [C_out, C_in] or [C_out, C_in, 1]."""
+def pointwise(x: Tensor, layer: nn.Module) -> Tensor:
+    """A 1x1 convolution of a map by a layer whose weight is stored as [C_out, C_in] or [.., 1]."""
+    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
     return F.conv2d(x, weight.reshape(*weight.shape[:2], 1, 1), bias)
+
+
+def tokenwise(x: Tensor, layer: nn.Module) -> Tensor:
+    """The same layer on rows of tokens [..., C_in]."""
+    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+    return F.linear(x, weight.flatten(1), bias)
 
 
 class Stem(nn.Module):

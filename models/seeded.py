@@ -34,11 +34,10 @@ def seed_weights(model: SLViT, seed: int) -> SLViT:
     logits = model(*inputs)
     threshold = logits.flatten().quantile(1.0 - POSITIVE)
     scale = 2.0 / logits.std()
-    last = model.classifier.conv1
-    assert last.bias is not None  # the head always has one
-    last.bias[1] -= threshold
-    last.weight *= scale
-    last.bias *= scale
+    weight, bias = model.classifier.conv1.parameters()
+    bias[1] -= threshold
+    weight.mul_(scale)
+    bias.mul_(scale)
     return model
 
 

@@ -11,17 +11,28 @@ output of the ``text`` part and may be kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hamburger import LightHamHead
-from .mscan import ChannelNorm, Mlp, PatchEmbed, Stem, StripConvs, normalise_pixels, pointwise
+from .mscan import (
+    ChannelNorm,
+    Mlp,
+    PatchEmbed,
+    Stem,
+    StripConvs,
+    normalise_pixels,
+)
 from .parts import BATCH, Part, Port
-from .text import MASKED, TextConfig, bert, encode
+from .text import TextConfig, bert, encode
 from .urce import CrossScaleEnhancement
+from .word_attention import GatedCross
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -94,58 +105,6 @@ TINY = SLViTConfig(
 CONFIGS = {"paper": PAPER, "tiny": TINY}
 
 
-class VisionLanguageAttention(nn.Module):
-    """Pixels attend to words, one head as wide as the map, instance-normalised on both sides."""
-
-    def __init__(self, width: int, text_width: int) -> None:
-        super().__init__()
-        self.project_q = nn.Sequential(nn.Conv1d(width, width, 1), nn.Identity())
-        self.project_k = nn.Sequential(nn.Conv1d(text_width, width, 1))
-        self.project_v = nn.Sequential(nn.Conv1d(text_width, width, 1))
-        self.W = nn.Sequential(nn.Conv1d(width, width, 1), nn.Identity())
-        self.norm = nn.InstanceNorm2d(width)
-
-    def project_text(self, text: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Word vectors [B, T, E] to scaled keys and to values, both [B, T, C], zero at padding."""
-        k, v = self.project_k[0], self.project_v[0]
-        valid = words[:, :, None].to(text.dtype)
-        keys = F.linear(text, k.weight[:, :, 0], k.bias) * (valid * k.out_channels**-0.5)
-        return keys, F.linear(text, v.weight[:, :, 0], v.bias) * valid
-
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The attended map [B, C, H, W] and the attention weights [B, T, H * W]."""
-        height, width = x.shape[2:]
-        query = self.norm(pointwise(x, self.project_q[0].weight, self.project_q[0].bias))
-        scores = keys @ query.flatten(2)
-        weights = torch.softmax(torch.where(words[:, :, None], scores, MASKED), dim=1)
-        attended = (values @ weights).unflatten(2, (height, width))
-        return self.norm(pointwise(attended, self.W[0].weight, self.W[0].bias)), weights
-
-
-class GatedCross(nn.Module):
-    """The text branch of a block: attention to words, then a tanh gate on itself."""
-
-    def __init__(self, width: int, text_width: int) -> None:
-        super().__init__()
-        self.vis_lang_att = VisionLanguageAttention(width, text_width)
-        self.res_gate = nn.Sequential(
-            nn.Linear(width, width, bias=False),
-            nn.ReLU(),
-            nn.Linear(width, width, bias=False),
-            nn.Tanh(),
-        )
-
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        attended, weights = self.vis_lang_att(x, keys, values, words)
-        hidden = F.relu(pointwise(attended, self.res_gate[0].weight))
-        gate = torch.tanh(pointwise(hidden, self.res_gate[2].weight))
-        return gate * attended, weights
-
-
 class LMFA(StripConvs):
     """Language-guided multi-scale fusion attention: strip convolutions plus the text branch."""
 
@@ -182,9 +141,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a batch norm, scaled per channel, on a residual path."""
 
-    def __init__(
-        self, width: int, ratio: int, text_width: int, drop: float, scale: float
-    ) -> None:
+    def __init__(self, width: int, ratio: int, text_width: int, drop: float, scale: float) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(width)
         self.attn = Attention(width, text_width)
@@ -228,10 +185,9 @@ class Encoder(nn.Module):
             setattr(self, f"block{i}", nn.ModuleList(blocks))
             setattr(self, f"norm{i}", ChannelNorm(width))
 
-    def blocks(self, stage: int) -> nn.ModuleList:
+    def blocks(self, stage: int) -> list[Block]:
         """The blocks of stage 1 to 4."""
-        blocks: nn.ModuleList = getattr(self, f"block{stage}")
-        return blocks
+        return list(getattr(self, f"block{stage}"))
 
     def project_text(self, text: Tensor, words: Tensor) -> TextProducts:
         """Word vectors [B, T, E] to keys_1 [B, depth, T, C], values_1 [B, depth, C, T], keys_2 ..."""
@@ -255,7 +211,8 @@ class Encoder(nn.Module):
             keys, values = products[2 * stage - 2 : 2 * stage]
             for j, block in enumerate(self.blocks(stage)):
                 x, weights = block(x, keys[:, j], values[:, j], words)
-            relevances.append(weights.amax(1, keepdim=True).unflatten(2, x.shape[2:]))
+            height, width = x.shape[2:]
+            relevances.append(weights.amax(1).reshape(-1, 1, height, width))
             x = getattr(self, f"norm{stage}")(x)
             maps.append(x)
         return maps, relevances
@@ -301,7 +258,9 @@ class SLViT(nn.Module):
         self, pixels: Tensor, words: Tensor, products: TextProducts
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The encoder's maps and relevances; pixels [B, H, W, 3] uint8."""
-        return self.backbone(normalise_pixels(pixels, self.mean, self.std), words, products)
+        x = normalise_pixels(pixels, self.mean, self.std)
+        found: tuple[list[Tensor], list[Tensor]] = self.backbone(x, words, products)
+        return found
 
     def decode(self, maps: list[Tensor], relevances: list[Tensor]) -> Tensor:
         """Maps to logits [B, H, W], foreground minus background, so the mask is logit > 0.
@@ -324,6 +283,22 @@ class SLViT(nn.Module):
         """pixels [B, H, W, 3] uint8, ids [B, T] int32, words [B, T] bool to logits [B, H, W]."""
         maps, relevances = self.features(pixels, words, self.encode_text(ids, words))
         return self.decode(maps, relevances)
+
+    @torch.no_grad()
+    def selection_margin(self, inputs: Mapping[str, npt.NDArray[Any]]) -> float:
+        """How far the choice of regions is from a tie, over a batch of host inputs.
+
+        The gap between the last chosen and the first left out, as a share of the spread of all;
+        0 is a tie, whose outcome rounding decides.
+        """
+        pixels, ids, words = (torch.from_numpy(inputs[n]) for n in ("pixels", "ids", "words"))
+        _, relevances = self.features(pixels, words, self.encode_text(ids, words))
+        scores = self.inter_trans.uncertainty(relevances).sort(1, descending=True).values
+        count = self.config.regions
+        if self.config.score != "paper" or count == scores.shape[1]:
+            return 1.0
+        gap = scores[:, count - 1] - scores[:, count]
+        return float((gap / (scores[:, 0] - scores[:, -1]).clamp_min(1e-30)).min())
 
     def parts(self) -> tuple[Part, ...]:
         """The two graphs: ``text`` once per expression, ``mask`` for every picture."""

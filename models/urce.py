@@ -73,17 +73,17 @@ class CrossScaleEnhancement(nn.Module):
     def forward(self, maps: list[Tensor], relevances: list[Tensor]) -> list[Tensor]:
         """Maps in, enhanced maps of the same shapes out."""
         scales = [
-            self._to_regions(pointwise(x, fc.weight, fc.bias), 2 ** (3 - i))
+            self._to_regions(pointwise(x, fc), 2 ** (3 - i))
             for i, (x, fc) in enumerate(zip(maps, self.fc_module, strict=True))
         ]
         lengths = [64, 16, 4, 1]
         if self.score == "all":
             tokens = self._tokens(scales, lengths)
-            scales = [part.flatten(2) for part in self._enhance(tokens).split(lengths, dim=2)]
+            scales = [p.flatten(2) for p in torch.split(self._enhance(tokens), lengths, dim=2)]
         else:
             chosen = self.choose(relevances)
             picked = [chosen @ scale for scale in scales]
-            enhanced = self._enhance(self._tokens(picked, lengths)).split(lengths, dim=2)
+            enhanced = torch.split(self._enhance(self._tokens(picked, lengths)), lengths, dim=2)
             rest = 2.0 - 2.0 * chosen.sum(1).unsqueeze(-1)
             put_back = chosen.transpose(1, 2)
             scales = [
@@ -91,7 +91,7 @@ class CrossScaleEnhancement(nn.Module):
                 for scale, part in zip(scales, enhanced, strict=True)
             ]
         return [
-            pointwise(self._to_map(scale, 2 ** (3 - i)), fc.weight, fc.bias)
+            pointwise(self._to_map(scale, 2 ** (3 - i)), fc)
             for i, (scale, fc) in enumerate(zip(scales, self.fc_rever_module, strict=True))
         ]
 
@@ -111,12 +111,14 @@ class CrossScaleEnhancement(nn.Module):
             F.interpolate(s, scale_factor=1 / 2 ** (3 - i), mode="bilinear", align_corners=True)
             for i, s in enumerate(relevances[:3])
         ] + [relevances[3]]
-        return sum((a - b).abs() for a, b in zip(same, same[1:], strict=False)).flatten(1)
+        steps = [(a - b).abs() for a, b in zip(same, same[1:], strict=False)]
+        return (steps[0] + steps[1] + steps[2]).flatten(1)
 
     def _tokens(self, scales: list[Tensor], lengths: list[int]) -> Tensor:
         width = self.width
         return torch.cat(
-            [s.unflatten(2, (n, width)) for s, n in zip(scales, lengths, strict=True)], dim=2
+            [s.reshape(-1, s.shape[1], n, width) for s, n in zip(scales, lengths, strict=True)],
+            dim=2,
         )
 
     def _enhance(self, tokens: Tensor) -> Tensor:

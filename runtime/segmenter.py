@@ -48,7 +48,10 @@ def load(
         )
     if threads is not None and threads < 1:
         raise InputError(
-            "threads", f"{threads} threads were asked for", why="at least 1 works", fix="give 1 or more"
+            "threads",
+            f"{threads} threads were asked for",
+            why="at least 1 works",
+            fix="give 1 or more",
         )
     return Segmenter(open_bundle(path), plan, OnnxRuntimeBackend(threads))
 
@@ -80,8 +83,8 @@ class Segmenter:
 
     def scene(self, image: Photo) -> Scene:
         """A picture that several expressions will be asked of; what it costs is paid once."""
-        photo = open_photo(image)
         started = time.perf_counter()
+        photo = open_photo(image)
         pixels = to_pixels(photo, self.manifest.preprocess)
         return Scene(self, photo, pixels, _since(started))
 
@@ -95,10 +98,13 @@ class Segmenter:
         held = self._texts.get(key)
         if held is not None:
             return held, True
-        inputs = {"ids": tokens.ids[None], "words": tokens.words[None]}
-        products = {**self._parts["text"].run(inputs), "words": inputs["words"]}
+        products = self.run_text(tokens.ids[None], tokens.words[None])
         self._texts.put(key, products)
         return products, False
+
+    def run_text(self, ids: npt.NDArray[np.int32], words: npt.NDArray[np.bool_]) -> Arrays:
+        """Run the text part, without the cache: ids and words [B, T] to what ``logits`` takes."""
+        return {**self._parts["text"].run({"ids": ids, "words": words}), "words": words}
 
     def logits(
         self, pixels: npt.NDArray[np.uint8], texts: Sequence[Arrays]

@@ -86,14 +86,18 @@ class ExpressionTokenizer:
         self, expression: str, ids: list[int], offsets: list[tuple[int, int]]
     ) -> None:
         unknown = [
-            expression[a:b] for i, (a, b) in zip(ids, offsets, strict=True) if i == self._spec.unknown
+            expression[a:b]
+            for i, (a, b) in zip(ids, offsets, strict=True)
+            if i == self._spec.unknown
         ]
         if not unknown:
             return
         unknown = list(dict.fromkeys(unknown))[:8]
         if not self._spec.closed:
             warnings.warn(
-                f"the vocabulary lacks {', '.join(map(repr, unknown))}", RefedgeWarning, stacklevel=4
+                f"the vocabulary lacks {', '.join(map(repr, unknown))}",
+                RefedgeWarning,
+                stacklevel=4,
             )
             return
         near = {

@@ -24,9 +24,7 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return cross_entropy + 0.5 * dice.mean()
 
 
-def grounding_loss(
-    weights: Tensor, meanings: Tensor, words: Tensor, labels: Tensor
-) -> Tensor:
+def grounding_loss(weights: Tensor, meanings: Tensor, words: Tensor, labels: Tensor) -> Tensor:
     """Pixels are to attend to the words that are true of them.
 
     A pixel of a red circle should look at "red" and "circle" where they are said, and at a word

@@ -20,13 +20,14 @@ class Recipe:
     steps:        optimiser steps; the schedule is a cosine over all of them.
     scenes:       scenes per step, each with four expressions (``MIXTURE``).
     rate:         highest learning rate, reached after ``warmup`` steps.
-    auxiliary:    weight of the attribute and grounding losses, which fade to zero over the run's first half.
+    auxiliary:    weight of the attribute and grounding losses, which fade to zero over the run's
+                  first half.
     average:      decay of the exponential moving average of the weights, which is what is kept.
     bfloat16:     autocast to bfloat16.
     """
 
     difficulty: str = "lite"
-    steps: int = 9000
+    steps: int = 7000
     scenes: int = 8
     rate: float = 3e-3
     warmup: int = 300

@@ -22,7 +22,8 @@ from ..data.protocols import PROTOCOLS, Meter, Scores
 from ..data.refshapes.dataset import RefShapes
 from ..errors import CheckpointError
 from ..models.checkpoint import save_checkpoint, write_atomically
-from ..models.slvit import SLViT, SLViTConfig, VisionLanguageAttention
+from ..models.slvit import SLViT, SLViTConfig
+from ..models.word_attention import VisionLanguageAttention
 from .batches import Batch, collate, meanings, stream, tokenizer
 from .losses import AttributeHead, grounding_loss, mask_loss
 from .recipe import Recipe
@@ -96,7 +97,8 @@ class _Run:
         self.meanings = meanings().to(device)
         self.step = 0
         self.curve: list[dict[str, Any]] = []
-        self._validation = collate(list(RefShapes("val", size=config.size, scenes=80)), config.words)
+        scenes = list(RefShapes("val", size=config.size, scenes=80))
+        self._validation = collate(scenes, config.words)
 
     def advance(self, batches: Iterator[Batch]) -> Iterator[float]:
         """One optimiser step per batch; yields the running loss."""
@@ -127,7 +129,7 @@ class _Run:
             total = loss + weight * self.head(maps[1:], labels, masks)
             total = total + weight * grounded / len(self.attention)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        torch.autograd.backward(total)
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
         self._average()
@@ -215,12 +217,8 @@ def _schedule(step: int, recipe: Recipe) -> float:
     return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def _line(
-    run: _Run, loss: float, scores: Scores, families: dict[str, Scores], speed: float
-) -> str:
-    each = "  ".join(
-        f"{name} {s.miou:.3f}" for name, s in families.items() if s.miou is not None
-    )
+def _line(run: _Run, loss: float, scores: Scores, families: dict[str, Scores], speed: float) -> str:
+    each = "  ".join(f"{name} {s.miou:.3f}" for name, s in families.items() if s.miou is not None)
     left = (run.recipe.steps - run.step) / speed / 60
     return (
         f"step {run.step}/{run.recipe.steps}  loss {loss:.3f}  val mIoU {scores.miou or 0:.3f}"

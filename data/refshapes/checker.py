@@ -49,7 +49,7 @@ _AREA_SLACK = 1.1
 _DISTANCE_SLACK = 1.15
 
 
-class Unreadable(ValueError):
+class UnreadableError(ValueError):
     """The text is not in the checker's grammar."""
 
 
@@ -74,14 +74,18 @@ def referents(sample: Sample, text: str) -> set[int]:
     if match := _ORDINAL.fullmatch(text):
         members = _named(bodies, _np_of(match))
         first = _farthest(bodies, members, _SIDES[match["side"]])
-        return _farthest(bodies, members - first, _SIDES[match["side"]]) if len(first) == 1 else members
+        return (
+            _farthest(bodies, members - first, _SIDES[match["side"]])
+            if len(first) == 1
+            else members
+        )
     if match := _RELATION.fullmatch(text):
         return _related(bodies, match[1], match[2], match[3])
     if match := _PREDICATE.fullmatch(text):
         return _named(bodies, f"{match[2].replace(' and ', ' ')} {match[1]}")
     if match := _ATTRIBUTE.fullmatch(text):
         return _named(bodies, match[1])
-    raise Unreadable(text)
+    raise UnreadableError(text)
 
 
 def problems(sample: Sample) -> list[str]:

@@ -44,7 +44,7 @@ class Sample:
 
     def mask(self, expression: Expression) -> npt.NDArray[np.bool_]:
         """[size, size] bool: where the expression's target is seen; empty without a target."""
-        return self.things == (expression.target + 1 if expression.target >= 0 else 255)
+        return np.asarray(self.things == (expression.target + 1 if expression.target >= 0 else 255))
 
 
 class RefShapes(Sequence[Sample]):
@@ -130,9 +130,8 @@ class RefShapes(Sequence[Sample]):
                 expression = speaker.say(family)
                 if expression is None:
                     return None
-                if expression.text not in said:
+                if said.setdefault(expression.text, expression) is expression:
                     break
-            said[expression.text] = expression
         return tuple(said.values())
 
 

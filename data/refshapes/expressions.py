@@ -71,9 +71,7 @@ class Description:
 
     def matches(self, thing: Thing) -> bool:
         """Whether every word that is said is true of the thing."""
-        return all(
-            getattr(self, field) in (None, getattr(thing, field)) for field in _FIELDS
-        )
+        return all(getattr(self, field) in (None, getattr(thing, field)) for field in _FIELDS)
 
     def text(self, stream: Stream) -> str:
         """The words in English order; "thing" or "object" where no shape is said."""

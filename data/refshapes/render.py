@@ -97,9 +97,9 @@ _INSIDE: dict[str, Callable[[Reals, Reals], Bools]] = {
 def _marks(pattern: str, u: Reals, v: Reals) -> Bools:
     """Where a pattern puts its second tone."""
     if pattern == "striped":
-        return np.floor((u + v) * 2.2) % 2 == 0
+        return np.asarray(np.floor((u + v) * 2.2) % 2 == 0)
     if pattern == "checkered":
-        return (np.floor(u * 2.4) + np.floor(v * 2.4)) % 2 == 0
+        return np.asarray((np.floor(u * 2.4) + np.floor(v * 2.4)) % 2 == 0)
     if pattern == "dotted":
         a, b = u * 1.7, v * 1.7
         a, b = a - np.floor(a) - 0.5, b - np.floor(b) - 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,9 @@ class OnnxRuntimePart:
         for said, has in ((part.inputs, takes), (part.outputs, gives)):
             wanted = {t.name: (t.dtype, t.shape) for t in said}
             if wanted != has:
-                differ = sorted(n for n in wanted.keys() | has.keys() if wanted.get(n) != has.get(n))
+                differ = sorted(
+                    n for n in wanted.keys() | has.keys() if wanted.get(n) != has.get(n)
+                )
                 raise BundleError(
                     "bundle-io",
                     f"{graph.name} does not have the tensors its manifest lists",
@@ -78,7 +81,7 @@ class OnnxRuntimeBackend:
         return OnnxRuntimePart(graph, part, self._threads)
 
 
-def _import():  # type: ignore[no-untyped-def]
+def _import() -> Any:
     try:
         import onnxruntime
     except ImportError as error:

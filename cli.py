@@ -1,0 +1,253 @@
+"""The ``refedge`` command: one verb per stage.
+
+Heavy packages are imported inside the verbs, so that ``refedge --help`` is quick and a missing
+package breaks only the verb that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import RefedgeError, RefedgeWarning
+
+Item = TypeVar("Item")
+
+
+class _Group(click.Group):
+    """Prints refedge's errors in three lines and ends with exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = _show_warning
+        try:
+            return super().invoke(ctx)
+        except RefedgeError as error:
+            click.echo(f"error {error}", err=True)
+            ctx.exit(2)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("refedge"):
+                raise
+            click.echo(
+                f"error [package-missing] {error.name} is not installed\n"
+                f"  why: this verb needs it\n  fix: pip install 'refedge[all]'",
+                err=True,
+            )
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Referring image segmentation, from PyTorch to the edge, with its accuracy proven."""
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.")
+@click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors in official layout.")
+@click.option("--seed", type=int, default=0, help="For slvit:paper and slvit:tiny without weights.")
+def export(
+    model: str, output: Path | None, size: int | None, weights: Path | None, seed: int
+) -> None:
+    """Export MODEL to a bundle and measure its parity.
+
+    MODEL is a shipped checkpoint (slvit-tiny), a folder that `refedge train` wrote, or a
+    configuration (slvit:paper, slvit:tiny), whose weights are seeded unless --weights is given.
+    """
+    from .data.refshapes.expressions import words
+    from .export.export import export as run
+    from .models.checkpoint import open_model
+
+    loaded = open_model(model, words(), size=size, weights=weights, seed=seed)
+    target = output or Path(f"{Path(model.replace(':', '-')).name}.refedge")
+    manifest = run(loaded, target, say=_say)
+    rows = [
+        [run, f"{r['end_to_end']['sigma']:.1e}", f"{r['end_to_end']['iou']:.5f}"]
+        for run, r in manifest.parity["runs"].items()
+    ]
+    _table("parity with torch", ("graph", "logits, σ", "mask IoU"), rows)
+    size_mb = sum(f.bytes for f in manifest.files.values()) / 1e6
+    _say(f"wrote {target} ({size_mb:.1f} MB)")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("expressions", nargs=-1, required=True)
+@click.option("--plan", default="fp32", show_default=True)
+@click.option("--threads", type=int, help="Threads per operator.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Overlay PNG to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print RLE, score and timings as JSON.")
+def run(
+    bundle: Path,
+    image: Path,
+    expressions: tuple[str, ...],
+    plan: str,
+    threads: int | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Segment what each of the EXPRESSIONS means in IMAGE."""
+    import dataclasses
+
+    from .runtime.files import write_png
+    from .runtime.segmenter import load
+
+    masks = load(bundle, plan=plan, threads=threads).scene(image).segment(expressions)
+    for i, mask in enumerate(masks):
+        name = output or image.with_name(f"{image.stem}.mask.png")
+        path = name if len(masks) == 1 else name.with_name(f"{name.stem}.{i + 1}{name.suffix}")
+        if output is not None or not as_json:
+            write_png(mask.overlay(), path)
+        if as_json:
+            record = {"expression": mask.expression, "score": mask.score, "rle": mask.rle()}
+            click.echo(json.dumps(record | {"timings_ms": dataclasses.asdict(mask.timings)}))
+        else:
+            share = 100 * mask.array.mean()
+            _say(
+                f"{mask.expression!r}: {share:.1f} % of the picture, score {mask.score:.2f}, "
+                f"{mask.timings.total:.1f} ms -> {path}"
+            )
+
+
+@main.command("eval")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", default="refshapes:test", show_default=True)
+@click.option("--plan", default="fp32", show_default=True)
+@click.option("--protocol", help="Default: the bundle's own.")
+@click.option("--scenes", type=int, help="Only the first so many.")
+@click.option("--threads", type=int, help="Threads per operator.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.")
+def evaluate(
+    bundle: Path,
+    data: str,
+    plan: str,
+    protocol: str | None,
+    scenes: int | None,
+    threads: int | None,
+    output: Path | None,
+) -> None:
+    """Score BUNDLE on a dataset under a named protocol."""
+    from .benchmarks.accuracy import evaluate as run
+    from .benchmarks.accuracy import table
+    from .runtime.files import write_json
+    from .runtime.segmenter import load
+
+    segmenter = load(bundle, plan=plan, threads=threads)
+    result = run(
+        segmenter, data, protocol=protocol, scenes=scenes, progress=_progress("evaluating")
+    )
+    header, rows = table(result.families, result.overall)
+    title = f"{bundle.name} {plan} on {data}, {result.scenes} scenes, protocol {result.protocol}"
+    _table(title, header, rows)
+    if output is not None:
+        write_json(result.record(), output)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--config", default="tiny", show_default=True)
+@click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
+@click.option("--difficulty", default="lite", show_default=True)
+@click.option("--steps", type=int, default=7000, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--bf16", is_flag=True, help="Autocast to bfloat16.")
+@click.option("--workers", type=int, default=0, help="Processes that make batches.")
+@click.option("--threads", type=int, help="Threads of torch.")
+@click.option("--every", type=int, default=500, show_default=True, help="Steps between scores.")
+def train(
+    folder: Path,
+    config: str,
+    size: int | None,
+    difficulty: str,
+    steps: int,
+    seed: int,
+    device: str,
+    bf16: bool,
+    workers: int,
+    threads: int | None,
+    every: int,
+) -> None:
+    """Train SLViT on RefShapes into FOLDER; run again to go on where it stopped."""
+    import torch
+
+    from .models.checkpoint import configuration_named
+    from .training.recipe import Recipe
+    from .training.train import train as run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recipe = Recipe(difficulty=difficulty, steps=steps, seed=seed, bfloat16=bf16)
+    settings = configuration_named("slvit", config, size)
+    run(settings, recipe, folder, device=device, workers=workers, every=every, say=_say)
+
+
+@main.command()
+@click.argument("model", default="slvit-tiny")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out"))
+@click.option("--scenes", type=int, default=60, show_default=True, help="Scenes of the test split.")
+def demo(model: str, output: Path, scenes: int) -> None:
+    """Export MODEL, check it, paint a gallery, and score it beside torch, into one table."""
+    from .benchmarks.demo import gallery, side_by_side
+    from .data.refshapes.expressions import words
+    from .export.export import export as run_export
+    from .models.checkpoint import open_model
+    from .runtime.segmenter import load
+
+    loaded = open_model(model, words())
+    bundle = output / f"{model}.refedge"
+    manifest = run_export(loaded, bundle, say=_say)
+    worst = max(r["end_to_end"]["sigma"] for r in manifest.parity["runs"].values())
+    _say(f"parity: logits differ from torch's by at most {worst:.1e} σ")
+    segmenter = load(bundle)
+    _say(f"gallery: {gallery(segmenter, output / 'gallery.png')}")
+    title, header, rows = side_by_side(loaded.model, segmenter, scenes, _progress("scoring"))
+    _table(title, header, rows)
+
+
+def _say(message: str) -> None:
+    click.echo(message)
+
+
+def _progress(label: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
+    """A progress bar on a terminal, silence elsewhere."""
+
+    def track(items: Iterable[Item]) -> Iterable[Item]:
+        from rich.console import Console
+        from rich.progress import track as rich_track
+
+        console = Console(stderr=True)
+        return rich_track(items, label, console=console, disable=not console.is_terminal)
+
+    return track
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        drawn.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    console = Console()
+    console.print(drawn) if console.is_terminal else Console(width=120).print(drawn)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, RefedgeWarning):
+        click.echo(f"warning: {message}", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

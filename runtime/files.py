@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import InputError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the path, then rename over it; a failure leaves what was there before."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """Write a picture as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def write_json(record: Any, path: Path) -> None:
+    """Write plain data as indented JSON."""
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        "output-unwritable",
+        f"{path} cannot be written",
+        why=error.strerror or str(error),
+        fix="choose a folder that exists and that you may write to",
+    )
