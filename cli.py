@@ -25,9 +25,11 @@ class _Group(click.Group):
     """Prints refedge's errors in three lines and ends with exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        warnings.showwarning = _show_warning
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", RefedgeWarning)
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except RefedgeError as error:
             click.echo(f"error {error}", err=True)
             ctx.exit(2)

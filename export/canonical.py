@@ -8,6 +8,7 @@ made on, so that equal models give equal bytes.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import onnx
@@ -67,9 +68,9 @@ def fold_constants(model: onnx.ModelProto) -> None:
                     opset_imports=model.opset_import,
                 )
             )
-            value = np.asarray(evaluator.run(None, {})[0])
+            values: Any = evaluator.run(None, {})
             name = str(node.output[0])
-            constants[name] = numpy_helper.from_array(value, name)
+            constants[name] = numpy_helper.from_array(np.asarray(values[0]), name)
         else:
             kept.append(node)
     del graph.node[:]
@@ -157,13 +158,3 @@ def _strip(model: onnx.ModelProto, name: str) -> None:
         tensor.doc_string = ""
         del tensor.metadata_props[:]
     model.producer_name, model.producer_version = "refedge", ""
-
-
-def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of all initializers."""
-    return sum(numpy_helper.to_array(t).nbytes for t in model.graph.initializer)
-
-
-def is_float(tensor: TensorProto) -> bool:
-    """Whether a tensor is float32."""
-    return bool(tensor.data_type == TensorProto.FLOAT)

@@ -73,9 +73,7 @@ class SLViTConfig:
 
     def __post_init__(self) -> None:
         if self.size % 32 or self.score not in SCORES:
-            raise ValueError(
-                f"size {self.size} must be a multiple of 32 and score {self.score!r} one of {SCORES}"
-            )
+            raise ValueError(f"{self.size} is no multiple of 32, or {self.score!r} not of {SCORES}")
         if self.regions > self.grid**2:
             raise ValueError(f"{self.regions} regions of {self.grid**2} cannot be chosen")
 
@@ -172,7 +170,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: SLViTConfig) -> None:
         super().__init__()
-        rates = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        last = max(1, sum(config.depths) - 1)
+        rates = [config.drop_path * i / last for i in range(last + 1)]
         for i, (width, depth, ratio) in enumerate(
             zip(config.widths, config.depths, config.ratios, strict=True), start=1
         ):
@@ -190,7 +189,10 @@ class Encoder(nn.Module):
         return list(getattr(self, f"block{stage}"))
 
     def project_text(self, text: Tensor, words: Tensor) -> TextProducts:
-        """Word vectors [B, T, E] to keys_1 [B, depth, T, C], values_1 [B, depth, C, T], keys_2 ..."""
+        """Word vectors [B, T, E] to keys_1, values_1, keys_2, ... of the four stages.
+
+        keys_i: [B, depth_i, T, C_i]; values_i: [B, depth_i, C_i, T].
+        """
         products: list[Tensor] = []
         for stage in (1, 2, 3, 4):
             pairs = [

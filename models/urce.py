@@ -6,6 +6,8 @@ is chance; here the score is the caller's relevance, or a fixed choice.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,7 +113,7 @@ class CrossScaleEnhancement(nn.Module):
             F.interpolate(s, scale_factor=1 / 2 ** (3 - i), mode="bilinear", align_corners=True)
             for i, s in enumerate(relevances[:3])
         ] + [relevances[3]]
-        steps = [(a - b).abs() for a, b in zip(same, same[1:], strict=False)]
+        steps = [(a - b).abs() for a, b in pairwise(same)]
         return (steps[0] + steps[1] + steps[2]).flatten(1)
 
     def _tokens(self, scales: list[Tensor], lengths: list[int]) -> Tensor:

@@ -21,7 +21,9 @@ class Bundle:
     manifest: Manifest
 
     def file(self, name: str) -> Path:
-        """Where a file that the manifest lists lies."""
+        """Where a file that the manifest lists, and that was therefore verified, lies."""
+        if name not in self.manifest.files:
+            raise _changed(self.path, name, "the manifest does not list it")
         return self.path / name
 
     def dialect(self, name: str, plan: str) -> DialectSpec:

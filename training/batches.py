@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -103,7 +104,8 @@ def stream(
         for step in range(start, recipe.steps):
             yield make(step, recipe, size, length)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    # spawned, not forked: a fork copies the locks of torch's threads as they happen to be
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         ahead: deque[Future[Batch]] = deque()
         for step in range(start, recipe.steps):
             ahead.append(pool.submit(make, step, recipe, size, length))

@@ -43,8 +43,10 @@ def grounding_loss(weights: Tensor, meanings: Tensor, words: Tensor, labels: Ten
     neutral = (words & (meanings == 0).all(2))[:, :, None]
     wanted = torch.where(true.any(1, keepdim=True), true, neutral)
     loss = -torch.log((weights.float() * wanted).sum(1) + 1e-3) * wanted.any(1)
-    seen = here[:, 0] > 0
-    return loss[seen].mean() + 0.3 * loss[~seen].mean()
+    seen = (here[:, 0] > 0).to(loss.dtype)
+    things = (loss * seen).sum() / seen.sum().clamp_min(1.0)
+    background = (loss * (1.0 - seen)).sum() / (1.0 - seen).sum().clamp_min(1.0)
+    return things + 0.3 * background
 
 
 def _sample(labels: Tensor, side: int) -> Tensor:

@@ -60,15 +60,16 @@ def train(
         if due:
             scores, families = run.validate()
             run.record(loss, scores, families)
-            speed = (run.step - first) / (time.perf_counter() - started)
-            say(_line(run, loss, scores, families, speed))
         if due or time.perf_counter() - last_saved > 120:
             run.save(folder / STATE)
             last_saved = time.perf_counter()
+        if due:
+            speed = (run.step - first) / (time.perf_counter() - started)
+            say(_line(run, loss, scores, families, speed))
     training = {
         "recipe": asdict(recipe),
         "pairs": recipe.pairs,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "device": device,
         "curve": run.curve,
     }

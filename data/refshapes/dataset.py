@@ -22,7 +22,10 @@ from .scene import DIFFICULTIES, SPLITS, VERSION, Scene, sample_scene
 SIZES = {"train": 1_000_000, "calibration": 1_000, "val": 1_000, "test": 1_000}
 
 # sha256 over the 1,000 test scenes at 96 x 96: pixels, things, expressions, targets
-DIGESTS: dict[str, str] = {}
+DIGESTS = {
+    "lite": "90b9ca798c76fdb1a1a9155d80b65f0a7660a2eb57d20b61da537934f25bc1cf",
+    "full": "5bbd22f073d7da40be7e33763983c40e3c86fe15631642caf7dbeed7c7cf7297",
+}
 
 
 @dataclass(frozen=True)
