@@ -110,7 +110,7 @@ def _node(node: onnx.NodeProto) -> list[Finding]:
     if node.op_type in CONTROL_FLOW:
         return [Finding("control-flow", *here, f"{node.op_type} is not allowed")]
     if node.op_type in DATA_DEPENDENT:
-        return [Finding("data-dependent", *here, f"the shape of {node.op_type} depends on data")]
+        return [Finding("dynamic-shape", *here, f"the shape of {node.op_type} depends on data")]
     if node.op_type in SHAPE_ARITHMETIC:
         return [Finding("shape", *here, f"{node.op_type}: shapes are to be constants")]
     if node.op_type in DECOMPOSED:

@@ -102,8 +102,11 @@ class Hamburger(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         e = F.relu(self.ham_in(x)).flatten(2)
-        with torch.autocast(x.device.type, enabled=False):
-            rebuilt = self.ham(e.float())
+        if self.training:  # the ratios of the factorisation need float32
+            with torch.autocast(x.device.type, enabled=False):
+                rebuilt = self.ham(e.float())
+        else:
+            rebuilt = self.ham(e)
         return F.relu(x + self.ham_out(rebuilt.reshape(x.shape[0], -1, height, width).to(x.dtype)))
 
 

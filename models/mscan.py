@@ -6,23 +6,33 @@ the public checkpoints. All maps are [B, C, H, W].
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def pointwise(x: Tensor, layer: nn.Module) -> Tensor:
-    """A 1x1 convolution of a map by a layer whose weight is stored as [C_out, C_in] or [.., 1]."""
-    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-    return F.conv2d(x, weight.reshape(*weight.shape[:2], 1, 1), bias)
+class MapLinear(nn.Linear):
+    """A linear layer over the channels of a [B, C, H, W] map; its weight is a matrix."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
 
 
-def tokenwise(x: Tensor, layer: nn.Module) -> Tensor:
-    """The same layer on rows of tokens [..., C_in]."""
-    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-    return F.linear(x, weight.flatten(1), bias)
+class MapConv1d(nn.Conv1d):
+    """The same with a weight of shape [C_out, C_in, 1], as SLViT and LAVT store it."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[:, :, :, None], self.bias)
+
+
+class TokenConv1d(MapConv1d):
+    """The same over rows of tokens [..., C_in]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[:, :, 0], self.bias)
 
 
 class Stem(nn.Module):

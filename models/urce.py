@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mscan import pointwise
+from .mscan import MapLinear
 
 
 class RegionAttention(nn.Module):
@@ -67,15 +67,15 @@ class CrossScaleEnhancement(nn.Module):
         score: str,
     ) -> None:
         super().__init__()
-        self.fc_module = nn.ModuleList(nn.Linear(c, width) for c in widths)
-        self.fc_rever_module = nn.ModuleList(nn.Linear(width, c) for c in widths)
+        self.fc_module = nn.ModuleList(MapLinear(c, width) for c in widths)
+        self.fc_rever_module = nn.ModuleList(MapLinear(width, c) for c in widths)
         self.group_attention = nn.ModuleList([GroupAttention(width, heads)])
         self.grid, self.width, self.regions, self.score = grid, width, regions, score
 
     def forward(self, maps: list[Tensor], relevances: list[Tensor]) -> list[Tensor]:
         """Maps in, enhanced maps of the same shapes out."""
         scales = [
-            self._to_regions(pointwise(x, fc), 2 ** (3 - i))
+            self._to_regions(fc(x), 2 ** (3 - i))
             for i, (x, fc) in enumerate(zip(maps, self.fc_module, strict=True))
         ]
         lengths = [64, 16, 4, 1]
@@ -93,7 +93,7 @@ class CrossScaleEnhancement(nn.Module):
                 for scale, part in zip(scales, enhanced, strict=True)
             ]
         return [
-            pointwise(self._to_map(scale, 2 ** (3 - i)), fc)
+            fc(self._to_map(scale, 2 ** (3 - i)))
             for i, (scale, fc) in enumerate(zip(scales, self.fc_rever_module, strict=True))
         ]
 

@@ -9,10 +9,9 @@ values) is made by ``project_text``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mscan import pointwise, tokenwise
+from .mscan import MapConv1d, MapLinear, TokenConv1d
 from .text import MASKED
 
 
@@ -21,29 +20,29 @@ class VisionLanguageAttention(nn.Module):
 
     def __init__(self, width: int, text_width: int) -> None:
         super().__init__()
-        self.project_q = nn.Sequential(nn.Conv1d(width, width, 1), nn.Identity())
-        self.project_k = nn.Sequential(nn.Conv1d(text_width, width, 1))
-        self.project_v = nn.Sequential(nn.Conv1d(text_width, width, 1))
-        self.W = nn.Sequential(nn.Conv1d(width, width, 1), nn.Identity())
+        self.project_q = nn.Sequential(MapConv1d(width, width), nn.Identity())
+        self.project_k = nn.Sequential(TokenConv1d(text_width, width))
+        self.project_v = nn.Sequential(TokenConv1d(text_width, width))
+        self.W = nn.Sequential(MapConv1d(width, width), nn.Identity())
         self.norm = nn.InstanceNorm2d(width)
         self.scale = width**-0.5
 
     def project_text(self, text: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Word vectors [B, T, E] to scaled keys and to values, both [B, T, C], zero at padding."""
         valid = words[:, :, None].to(text.dtype)
-        keys = tokenwise(text, self.project_k[0]) * (valid * self.scale)
-        return keys, tokenwise(text, self.project_v[0]) * valid
+        keys = self.project_k(text) * (valid * self.scale)
+        return keys, self.project_v(text) * valid
 
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The attended map [B, C, H, W] and the attention weights [B, T, H * W]."""
         height, width = x.shape[2:]
-        query = self.norm(pointwise(x, self.project_q[0]))
+        query = self.norm(self.project_q(x))
         scores = keys @ query.flatten(2)
         weights = torch.softmax(torch.where(words[:, :, None], scores, MASKED), dim=1)
         attended = (values @ weights).reshape(-1, x.shape[1], height, width)
-        return self.norm(pointwise(attended, self.W[0])), weights
+        return self.norm(self.W(attended)), weights
 
 
 class GatedCross(nn.Module):
@@ -53,9 +52,9 @@ class GatedCross(nn.Module):
         super().__init__()
         self.vis_lang_att = VisionLanguageAttention(width, text_width)
         self.res_gate = nn.Sequential(
-            nn.Linear(width, width, bias=False),
+            MapLinear(width, width, bias=False),
             nn.ReLU(),
-            nn.Linear(width, width, bias=False),
+            MapLinear(width, width, bias=False),
             nn.Tanh(),
         )
 
@@ -63,6 +62,4 @@ class GatedCross(nn.Module):
         self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
     ) -> tuple[Tensor, Tensor]:
         attended, weights = self.vis_lang_att(x, keys, values, words)
-        hidden = F.relu(pointwise(attended, self.res_gate[0]))
-        gate = torch.tanh(pointwise(hidden, self.res_gate[2]))
-        return gate * attended, weights
+        return self.res_gate(attended) * attended, weights

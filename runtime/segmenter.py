@@ -48,7 +48,7 @@ def load(
         )
     if threads is not None and threads < 1:
         raise InputError(
-            "threads",
+            "threads-range",
             f"{threads} threads were asked for",
             why="at least 1 works",
             fix="give 1 or more",

@@ -29,7 +29,7 @@ HEAVY = ("torch", "transformers", "onnx", "onnxscript", "matplotlib", "safetenso
 
 def modules() -> list[Path]:
     found = [p for room in ROOMS for p in (ROOT / room).rglob("*.py")]
-    return found + [p for p in ROOT.glob("*.py")]
+    return found + list(ROOT.glob("*.py"))
 
 
 def imported_rooms(path: Path) -> set[str]:

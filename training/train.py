@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from ..data.protocols import PROTOCOLS, Meter, Scores
-from ..data.refshapes.dataset import RefShapes
+from ..data.refshapes.dataset import RefShapes, Sample
 from ..errors import CheckpointError
-from ..models.checkpoint import save_checkpoint, write_atomically
+from ..models.checkpoint import (
+    Loaded,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+    write_card,
+)
 from ..models.slvit import SLViT, SLViTConfig
 from ..models.word_attention import VisionLanguageAttention
 from .batches import Batch, collate, meanings, stream, tokenizer
@@ -40,12 +47,14 @@ def train(
     device: str = "cpu",
     workers: int = 0,
     every: int = 500,
+    test_scenes: int = 1000,
     say: Say = print,
-) -> SLViT:
-    """Run a recipe to its end and write the checkpoint; returns the averaged model.
+) -> Loaded:
+    """Run a recipe to its end, write the checkpoint, score it, and return it as it was written.
 
-    folder: where the state and the checkpoint go; a state of the same recipe is resumed.
-    every:  steps between validation scores.
+    folder:      where the state and the checkpoint go; a state of the same recipe is resumed.
+    every:       steps between validation scores.
+    test_scenes: scenes of the test split that the scores in the card are measured on.
     """
     run = _Run(config, recipe, device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,9 +82,43 @@ def train(
         "device": device,
         "curve": run.curve,
     }
-    model = run.averaged.to("cpu")
-    save_checkpoint(folder, model, tokenizer(), training=training)
-    return model
+    save_checkpoint(folder, run.averaged.to("cpu"), tokenizer(), training=training)
+    say("scoring the test split")
+    return _score_card(folder, recipe.difficulty, test_scenes)
+
+
+def _score_card(folder: Path, difficulty: str, scenes: int) -> Loaded:
+    """Score the weights as they lie on disk (in float16) and add the result to the card."""
+    loaded = load_checkpoint(str(folder))
+    config = loaded.model.config
+    samples = RefShapes("test", difficulty=difficulty, size=config.size, scenes=scenes)
+    overall, families = _score(loaded.model, samples, config.words, "cpu")
+    record = {
+        "protocol": "refshapes",
+        "scenes": scenes,
+        "overall": asdict(overall),
+        "families": {name: asdict(s) for name, s in families.items()},
+    }
+    name = "refshapes:test" if difficulty == "lite" else f"refshapes-{difficulty}:test"
+    card = replace(loaded.card, scores={name: record})
+    write_card(folder, card)
+    return replace(loaded, card=card)
+
+
+@torch.no_grad()
+def _score(
+    model: SLViT, samples: Iterable[Sample], words: int, device: str
+) -> tuple[Scores, dict[str, Scores]]:
+    """Scores under the protocol ``refshapes``, a few scenes at a time."""
+    meter = Meter(PROTOCOLS["refshapes"])
+    pending = iter(samples)
+    while chunk := list(islice(pending, 16)):
+        batch = collate(chunk, words)
+        found = model(*(t.to(device) for t in (batch.pixels, batch.ids, batch.words))) > 0
+        pairs = [(sample, e) for sample in chunk for e in sample.expressions]
+        for mask, (sample, e) in zip(found.cpu().numpy(), pairs, strict=True):
+            meter.add(mask, sample.mask(e), family=e.family, things=sample.things)
+    return meter.scores(), meter.by_family()
 
 
 class _Run:
@@ -98,8 +141,9 @@ class _Run:
         self.meanings = meanings().to(device)
         self.step = 0
         self.curve: list[dict[str, Any]] = []
-        scenes = list(RefShapes("val", size=config.size, scenes=80))
-        self._validation = collate(scenes, config.words)
+        self._validation = list(
+            RefShapes("val", difficulty=recipe.difficulty, size=config.size, scenes=80)
+        )
 
     def advance(self, batches: Iterator[Batch]) -> Iterator[float]:
         """One optimiser step per batch; yields the running loss."""
@@ -147,19 +191,9 @@ class _Run:
             else:
                 old.copy_(new)
 
-    @torch.no_grad()
     def validate(self) -> tuple[Scores, dict[str, Scores]]:
         """Scores of the averaged weights on the first validation scenes."""
-        meter = Meter(PROTOCOLS["refshapes"])
-        v = self._validation
-        families = RefShapes("val").families
-        for start in range(0, len(v.ids), 100):
-            rows = slice(start, start + 100)
-            inputs = (t[rows].to(self.device) for t in (v.pixels, v.ids, v.words))
-            found = (self.averaged(*inputs) > 0).cpu().numpy()
-            for i, mask in enumerate(found, start=start):
-                meter.add(mask, v.masks[i].numpy(), family=families[i % len(families)])
-        return meter.scores(), meter.by_family()
+        return _score(self.averaged, self._validation, self.averaged.config.words, self.device)
 
     def record(self, loss: float, scores: Scores, families: dict[str, Scores]) -> None:
         """Add a point to the curve that goes into the card."""

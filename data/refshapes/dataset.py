@@ -70,12 +70,12 @@ class RefShapes(Sequence[Sample]):
         families: Sequence[str] = FAMILIES,
     ) -> None:
         if split not in SPLITS:
-            raise _unknown("split", split, SPLITS)
+            raise _unknown("data-split", split, SPLITS)
         if difficulty not in DIFFICULTIES:
-            raise _unknown("difficulty", difficulty, tuple(DIFFICULTIES))
+            raise _unknown("data-difficulty", difficulty, tuple(DIFFICULTIES))
         for family in families:
             if family not in FAMILIES:
-                raise _unknown("family", family, FAMILIES)
+                raise _unknown("data-family", family, FAMILIES)
         if not 32 <= size <= 4096:
             raise DataError(
                 "data-size",
@@ -150,9 +150,10 @@ def digest(samples: Sequence[Sample]) -> str:
     return total.hexdigest()
 
 
-def _unknown(what: str, value: str, known: Sequence[str]) -> DataError:
+def _unknown(code: str, value: str, known: Sequence[str]) -> DataError:
+    what = code.removeprefix("data-")
     return DataError(
-        f"data-{what}",
+        code,
         f"RefShapes has no {what} called {value!r}",
         why=f"its {what} names are {', '.join(known)}",
         fix="choose one of these",

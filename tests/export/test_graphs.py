@@ -59,7 +59,7 @@ def test_a_clean_graph() -> None:
     [
         ("Loop", "control-flow"),
         ("If", "control-flow"),
-        ("NonZero", "data-dependent"),
+        ("NonZero", "dynamic-shape"),
         ("Shape", "shape"),
         ("Erf", "decomposed"),
     ],

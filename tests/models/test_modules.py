@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from refedge.models.hamburger import NMF, GroupNorm
-from refedge.models.mscan import ChannelNorm, normalise_pixels, pointwise
+from refedge.models.mscan import ChannelNorm, MapConv1d, MapLinear, TokenConv1d, normalise_pixels
 from refedge.models.slvit import MEAN, STD
 from refedge.models.urce import CrossScaleEnhancement
 from refedge.models.word_attention import GatedCross
@@ -104,12 +105,17 @@ def test_pixels_are_normalised_as_torchvision_does() -> None:
     torch.testing.assert_close(out, expected.permute(0, 3, 1, 2), atol=1e-5, rtol=0)
 
 
-def test_pointwise_takes_matrices_and_kernels() -> None:
+def test_layers_over_maps_and_tokens_are_linear_layers() -> None:
+    torch.manual_seed(0)
     x = torch.randn(2, 6, 3, 3)
-    linear, conv = torch.nn.Linear(6, 5), torch.nn.Conv1d(6, 5, 1)
-    expected = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(pointwise(x, linear), expected)
-    torch.testing.assert_close(pointwise(x, conv).flatten(2), conv(x.flatten(2)))
+    linear, conv = MapLinear(6, 5), MapConv1d(6, 5)
+    expected = F.linear(x.permute(0, 2, 3, 1), linear.weight, linear.bias).permute(0, 3, 1, 2)
+    torch.testing.assert_close(linear(x), expected)
+    torch.testing.assert_close(conv(x).flatten(2), F.conv1d(x.flatten(2), conv.weight, conv.bias))
+    tokens = TokenConv1d(6, 5)
+    rows = x.flatten(2).transpose(1, 2)
+    expected = F.conv1d(x.flatten(2), tokens.weight, tokens.bias).transpose(1, 2)
+    torch.testing.assert_close(tokens(rows), expected)
 
 
 def test_regions_follow_rows_and_columns() -> None:
@@ -131,8 +137,8 @@ def test_regions_that_are_not_chosen_are_doubled() -> None:
     relevances = [m[:, :1] for m in maps]
     with torch.no_grad():
         out = module(maps, relevances)
-        inner = pointwise(maps[3], module.fc_module[3])
-        expected = pointwise(2 * inner, module.fc_rever_module[3])
+        inner = module.fc_module[3](maps[3])
+        expected = module.fc_rever_module[3](2 * inner)
     flat, wanted = out[3].flatten(2), expected.flatten(2)
     torch.testing.assert_close(flat[:, :, 2:], wanted[:, :, 2:])  # regions 0 and 1 are chosen
     assert not torch.allclose(flat[:, :, :2], wanted[:, :, :2], atol=1e-3)
