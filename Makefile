@@ -4,8 +4,9 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 TORCH       := 2.13.0
-# where pip finds a CPU build of torch: an index only used for that one wheel; empty for pip's own
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# plain 2.13.0 works everywhere: pip prefers a CPU build where it sees one, and takes the large CUDA
+# build elsewhere; TORCH_INDEX=<index with CPU builds> shows it one, for this wheel alone
+TORCH_INDEX ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip install -q --no-compile
 
@@ -27,14 +28,13 @@ tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
 # the runtime again on the oldest Python and NumPy it supports, where that interpreter is found
-py310: $(VENV)/.installed
-	@$(BIN)/python tests/py310.py
+py310: tests
+	$(BIN)/python tests/py310.py
 
-# a CPU build of torch first, so that nothing pulls the CUDA one; then the package itself
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) "torch==$(TORCH)+cpu" --extra-index-url "$(TORCH_INDEX)" --retries 1 || $(PIP) "torch==$(TORCH)"
+	$(PIP) --no-deps "torch==$(TORCH)" $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
 	$(PIP) -e ".[dev]"
 	touch $@
 
@@ -44,4 +44,4 @@ $(VENV)/.installed: pyproject.toml
 	ln -sfn .. $@
 
 clean:
-	rm -rf $(VENV) .mypath build dist out *.egg-info
+	rm -rf $(VENV) $(VENV)310 .mypath build dist out *.egg-info

@@ -38,7 +38,7 @@ class _Group(click.Group):
                 raise
             click.echo(
                 f"error [package-missing] {error.name} is not installed\n"
-                f"  why: this verb needs it\n  fix: pip install 'refedge[all]'",
+                f"  why: this verb needs it\n  fix: pip install 'refedge[export]'",
                 err=True,
             )
             ctx.exit(2)
@@ -203,6 +203,7 @@ def demo(model: str, output: Path, scenes: int) -> None:
     from .data.refshapes.expressions import words
     from .export.export import export as run_export
     from .models.checkpoint import open_model
+    from .runtime.files import write_json
     from .runtime.segmenter import load
 
     loaded = open_model(model, words())
@@ -210,10 +211,11 @@ def demo(model: str, output: Path, scenes: int) -> None:
     manifest = run_export(loaded, bundle, say=_say)
     worst = max(r["end_to_end"]["sigma"] for r in manifest.parity["runs"].values())
     _say(f"parity: logits differ from torch's by at most {worst:.1e} σ")
-    segmenter = load(bundle)
+    segmenter = load(bundle, threads=1)
     _say(f"gallery: {gallery(segmenter, output / 'gallery.png')}")
-    title, header, rows = side_by_side(loaded.model, segmenter, scenes, _progress("scoring"))
-    _table(title, header, rows)
+    result = side_by_side(loaded.model, segmenter, scenes, _progress("scoring"))
+    write_json(result.record(), output / "demo.json")
+    _table(result.title, result.header, result.rows)
 
 
 def _say(message: str) -> None:

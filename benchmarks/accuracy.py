@@ -15,6 +15,7 @@ from ..data.refshapes.scene import DIFFICULTIES, SPLITS
 from ..errors import DataError
 from ..runtime.manifest import PreprocessSpec
 from ..runtime.segmenter import Segmenter
+from .device import describe
 
 Logits = Callable[[Sample], npt.NDArray[np.float32]]
 
@@ -32,8 +33,8 @@ class Accuracy:
     artefacts: dict[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON, with the machine it was measured on."""
+        return asdict(self) | {"device": describe()}
 
 
 def open_data(name: str, spec: PreprocessSpec, *, scenes: int | None = None) -> RefShapes:
@@ -66,8 +67,6 @@ def evaluate(
     rules = protocol_named(protocol or manifest.protocol)
     samples = open_data(data, manifest.preprocess, scenes=scenes)
     overall, families = score(lambda s: logits_of(segmenter, s), progress(samples), rules)
-    files = manifest.files
-    graphs = segmenter.bundle.dialect(segmenter.backend.dialect, segmenter.plan).graphs
     return Accuracy(
         data,
         rules.name,
@@ -75,8 +74,16 @@ def evaluate(
         len(samples),
         overall,
         families,
-        {part: files[graph].sha256 for part, graph in graphs.items()},
+        artefacts(segmenter),
     )
+
+
+def artefacts(segmenter: Segmenter) -> dict[str, str]:
+    """SHA-256 of each graph that ran, and of the checkpoint they were exported from."""
+    manifest = segmenter.manifest
+    graphs = segmenter.bundle.dialect(segmenter.backend.dialect, segmenter.plan).graphs
+    hashes = {part: manifest.files[graph].sha256 for part, graph in graphs.items()}
+    return hashes | {"checkpoint": str(manifest.provenance.get("checkpoint"))}
 
 
 def logits_of(segmenter: Segmenter, sample: Sample) -> npt.NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,15 @@ print(*sys.modules)
 """
     ).split()
     assert not [name for name in (*HEAVY, "numpy", "onnxruntime") if name in loaded]
+
+
+def test_the_wheel_holds_every_room_and_no_test() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(re.findall(r'^    "(refedge[\w.]*)",$', text, re.M))
+    rooms = {p.parent for room in ROOMS for p in (ROOT / room).rglob("__init__.py")}
+    assert listed == {"refedge"} | {
+        ".".join(("refedge", *room.relative_to(ROOT).parts)) for room in rooms
+    }
 
 
 def test_public_names_are_there() -> None:

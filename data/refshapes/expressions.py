@@ -22,7 +22,7 @@ import numpy as np
 
 from ..streams import Stream
 from .render import paint
-from .scene import COLOURS, DIFFICULTIES, PATTERNS, SHAPES, Difficulty, Scene, Thing
+from .scene import COLOURS, PATTERNS, SHAPES, Difficulty, Scene, Thing
 
 FAMILIES = ("attribute", "superlative", "extreme", "relation", "none")
 NO_TARGET = -1
@@ -302,8 +302,3 @@ class Speaker:
         field = self._stream.choice(fields)
         changed = replace(description, **{field: self._stream.choice(words[field])})
         return changed if not self._matching(changed) else None
-
-
-def difficulty_named(name: str) -> Difficulty | None:
-    """The difficulty of that name, or None."""
-    return DIFFICULTIES.get(name)

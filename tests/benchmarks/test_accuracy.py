@@ -79,9 +79,11 @@ def test_the_table_has_a_row_for_each_family(bundle: Path) -> None:
 
 def test_torch_and_bundle_score_alike(bundle: Path) -> None:
     model = load_checkpoint("slvit-tiny").model
-    _, header, rows = side_by_side(model, load(bundle, threads=1), 6, iter)
-    torch_row, ours = rows
-    assert header[3] == "mIoU"
+    result = side_by_side(model, load(bundle, threads=1), 6, iter)
+    torch_row, ours = result.rows
+    assert result.header[3] == "mIoU"
+    assert set(result.artefacts) == {"text", "mask", "checkpoint"}
+    assert result.record()["device"]["cores"] >= 1
     assert torch_row[3:] == ours[3:]  # to the three digits that are printed
     assert all(float(v) > 0 for v in ours[1:3])
 

@@ -49,17 +49,18 @@ def test_masks_are_resized_to_the_picture() -> None:
     assert not mask[:, 52:].any()
 
 
-def test_overlay_tints_the_mask_only() -> None:
-    image = Image.new("RGB", (20, 20), (100, 100, 100))
+def test_overlay_keeps_the_mask_and_dims_the_rest() -> None:
+    image = Image.new("RGB", (20, 20), (200, 100, 0))
     mask = np.zeros((20, 20), bool)
     mask[5:15, 5:15] = True
     out = np.asarray(overlay(image, mask)).astype(int)
-    assert (out[10, 10] == [169, 83, 69]).all()  # 0.55 * grey + 0.45 * tint
+    assert (out[10, 10] == [200, 100, 0]).all()
     assert (out[5, 5] == [255, 64, 32]).all()  # the outline
-    assert (out[0, 0] == [75, 75, 75]).all()
+    assert (out[6, 6] == [200, 100, 0]).all()
+    assert (out[0, 0] == [75, 50, 25]).all()  # a quarter of itself and a quarter of its grey
 
 
 def test_overlay_of_nothing_and_everything() -> None:
     image = Image.new("RGB", (4, 4), (80, 80, 80))
-    assert (np.asarray(overlay(image, np.zeros((4, 4), bool))) == 60).all()
+    assert (np.asarray(overlay(image, np.zeros((4, 4), bool))) == 40).all()
     assert np.asarray(overlay(image, np.ones((4, 4), bool))).shape == (4, 4, 3)
