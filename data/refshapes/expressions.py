@@ -132,9 +132,15 @@ class Speaker:
 
     def say(self, family: str) -> Expression | None:
         """An expression of the family, or None where the scene gave none in forty tries."""
-        make = getattr(self, f"_{family}")
+        make = {
+            "attribute": self._attribute,
+            "superlative": self._superlative,
+            "extreme": self._extreme,
+            "relation": self._relation,
+            "none": self._none,
+        }[family]
         for _ in range(40):
-            made: tuple[str, int] | None = make()
+            made = make()
             if made is not None:
                 return Expression(made[0], family, made[1])
         return None
