@@ -1,0 +1,89 @@
+"""What the tensors of a graph hold, seen over a calibration set: one pass, bounded memory.
+
+Every tensor keeps a histogram of its absolute values. Its range doubles when a larger value comes,
+by adding neighbouring bins, so nothing has to be known beforehand and nothing is kept but bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+
+BINS = 2048
+_PER_RUN = 48  # tensors that one session hands out at once
+
+
+@dataclass
+class Histogram:
+    """Counts of absolute values in equal bins from 0 to ``limit``."""
+
+    limit: float = 0.0
+    largest: float = 0.0
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def add(self, values: npt.NDArray[np.generic]) -> None:
+        """Count an array's values; not-a-number and infinity are refused by the caller."""
+        magnitudes = np.abs(values.astype(np.float32, copy=False)).ravel()
+        if magnitudes.size == 0:
+            return
+        top = float(magnitudes.max())
+        self.largest = max(self.largest, top)
+        if top > 0.0 and self.limit == 0.0:
+            # a power of two above the first value seen, so that ranges only ever double
+            self.limit = float(2.0 ** np.ceil(np.log2(top)))
+        while top > self.limit:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts = np.concatenate((merged, np.zeros(BINS // 2, np.int64)))
+            self.limit *= 2.0
+        if self.limit == 0.0:
+            self.counts[0] += magnitudes.size
+            return
+        bins = np.minimum((magnitudes * (BINS / self.limit)).astype(np.int64), BINS - 1)
+        self.counts += np.bincount(bins, minlength=BINS)
+
+
+class Collector:
+    """Runs a graph on calibration inputs and keeps a histogram per named tensor.
+
+    The graph runs without optimisations, so that every tensor exists as the plan names it; tensors
+    are handed out in groups, so that memory stays bounded by the largest few.
+    """
+
+    def __init__(self, model: onnx.ModelProto, names: Iterable[str], threads: int = 1) -> None:
+        self.histograms = {name: Histogram() for name in names}
+        wanted = list(self.histograms)
+        groups = [wanted[i : i + _PER_RUN] for i in range(0, len(wanted), _PER_RUN)]
+        self._sessions = [(group, _session(model, group, threads)) for group in groups]
+
+    def add(self, inputs: Arrays) -> None:
+        """One forward; ``inputs`` by name."""
+        for names, session in self._sessions:
+            taken = {i.name: inputs[i.name] for i in session.get_inputs()}
+            for name, value in zip(names, session.run(names, taken), strict=True):
+                self.histograms[name].add(np.asarray(value))
+
+
+def _session(
+    model: onnx.ModelProto, names: list[str], threads: int
+) -> onnxruntime.InferenceSession:
+    """A session over the same graph with other outputs."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    del changed.graph.output[:]
+    for name in names:
+        changed.graph.output.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        )
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    raw = changed.SerializeToString()
+    return onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,134 @@
+"""The Q/DQ writer: a plan's scales into a graph, in one of two encodings of one quantizer.
+
+``signed``: int8 activations with zero-point 0, as TensorRT wants them. ``unsigned``: uint8 with
+zero-point 128 and the same scales, which is the same quantizer shifted, and what ONNX Runtime's
+x86 kernels are fast with. Weights are int8 on disk with a DequantizeLinear per channel.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from ..runtime.plan import PartPlan, WeightScale
+from .canonical import MODULE, module_of
+from .graph import GraphIndex
+
+
+def quantize_weight(
+    weight: npt.NDArray[np.floating], spec: WeightScale
+) -> npt.NDArray[np.int8]:
+    """Integers of a constant, -127 to 127, rounded half to even."""
+    shape = [1] * weight.ndim
+    shape[spec.axis] = -1
+    scales = np.array(spec.scales, np.float32).reshape(shape)
+    rounded = np.rint(weight.astype(np.float32) / scales)
+    return np.clip(rounded, -127, 127).astype(np.int8)
+
+
+def write_qdq(
+    model: onnx.ModelProto, plan: PartPlan, *, unsigned: bool, stored: bool
+) -> onnx.ModelProto:
+    """A copy of a graph with the plan's Q/DQ pairs.
+
+    unsigned: encoding of activations; stored: whether ``plan.stored`` tensors get their pair.
+    """
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    graph = out.graph
+    index = GraphIndex(out)
+    tensors = {
+        name: scale
+        for name, scale in plan.activations.items()
+        if stored or name not in plan.stored
+    }
+    zero = np.uint8(128) if unsigned else np.int8(0)
+    names = _Constants(graph)
+    zero_name = names.add("zero_point", np.asarray(zero))
+    renamed = {name: f"{name}/dequantized" for name in tensors}
+    nodes: list[onnx.NodeProto] = []
+    for name in (v.name for v in graph.input):
+        if name in tensors:
+            nodes += _pair(name, names.scale(tensors[name]), zero_name, "")
+    nodes += _weights(index, plan, names, renamed)
+    for node in graph.node:
+        for position, value in enumerate(node.input):
+            if value in renamed:
+                node.input[position] = renamed[value]
+        nodes.append(node)
+        for value in node.output:
+            if value in tensors:
+                scale = names.scale(tensors[value])
+                nodes += _pair(value, scale, zero_name, module_of(node))
+    kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    used = {i for n in kept for i in n.input}
+    unused = [t for t in graph.initializer if t.name not in used]
+    for tensor in unused:
+        graph.initializer.remove(tensor)
+    return out
+
+
+def _weights(
+    index: GraphIndex, plan: PartPlan, names: _Constants, renamed: dict[str, str]
+) -> list[onnx.NodeProto]:
+    """DequantizeLinear nodes of the quantized constants, which replace the float ones."""
+    nodes = []
+    for name, spec in plan.weights.items():
+        integers = quantize_weight(index.constant(name), spec)  # type: ignore[arg-type]
+        stored = names.add(f"{name}/int8", integers)
+        scales = names.add(f"{name}/scale", np.array(spec.scales, np.float32))
+        zeros = names.add(f"zeros_{len(spec.scales)}", np.zeros(len(spec.scales), np.int8))
+        reader = index.readers[name][0]
+        node = helper.make_node(
+            "DequantizeLinear",
+            [stored, scales, zeros],
+            [f"{name}/dequantized"],
+            name=f"{name}/DequantizeLinear",
+            axis=spec.axis,
+        )
+        node.metadata_props.append(_module(module_of(reader)))
+        nodes.append(node)
+        renamed[name] = f"{name}/dequantized"
+    return nodes
+
+
+def _pair(name: str, scale: str, zero: str, module: str) -> list[onnx.NodeProto]:
+    quantize = helper.make_node(
+        "QuantizeLinear", [name, scale, zero], [f"{name}/quantized"], name=f"{name}/QuantizeLinear"
+    )
+    dequantize = helper.make_node(
+        "DequantizeLinear",
+        [f"{name}/quantized", scale, zero],
+        [f"{name}/dequantized"],
+        name=f"{name}/DequantizeLinear",
+    )
+    for node in (quantize, dequantize):
+        node.metadata_props.append(_module(module))
+    return [quantize, dequantize]
+
+
+def _module(name: str) -> onnx.StringStringEntryProto:
+    return onnx.StringStringEntryProto(key=MODULE, value=name)
+
+
+class _Constants:
+    """Initializers by name, each once."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._graph = graph
+        self._names: set[str] = set()
+
+    def add(self, name: str, value: npt.NDArray[np.generic]) -> str:
+        if name not in self._names:
+            self._names.add(name)
+            self._graph.initializer.append(numpy_helper.from_array(value, name))
+        return name
+
+    def scale(self, value: float) -> str:
+        """A 0-d float32 scale; equal values share one constant."""
+        single = np.asarray(np.float32(value))
+        return self.add(f"scale_{single.tobytes()[::-1].hex()}", single)

@@ -1,0 +1,121 @@
+"""Precision plans: which node runs in what, and which tensor carries which scale.
+
+A plan is a file of a bundle (``plans/<name>.json``). It is made once, from calibration samples or
+by hand, and applied to the canonical graph once per dialect; every dialect of a plan quantizes the
+same tensors by the same scales. Quantization is symmetric: ``real = scale * integer``, integers
+from -128 to 127 for activations and -127 to 127 for weights, rounded half to even.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from ..errors import BundleError
+
+SCHEMA = 1
+PRECISIONS = ("int8", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class WeightScale:
+    """Per-channel scales of a constant: ``axis`` of the channels, one scale each."""
+
+    axis: int
+    scales: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """The plan of one part's graph.
+
+    graph:       SHA-256 of the canonical graph file that the plan is for.
+    int8:        names of the nodes that compute in integers.
+    high:        names of the nodes that stay in float32 whatever the rest is.
+    activations: scale of every quantized tensor.
+    stored:      those of them that only an integer convolution's own output makes necessary:
+                 ONNX Runtime needs them, TensorRT is better off without.
+    weights:     scales of every quantized constant.
+    """
+
+    graph: str
+    int8: tuple[str, ...] = ()
+    high: tuple[str, ...] = ()
+    activations: dict[str, float] = field(default_factory=dict)
+    stored: tuple[str, ...] = ()
+    weights: dict[str, WeightScale] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the scales come from.
+
+    data, ids: the dataset's name and the samples that were seen, in order.
+    method:    how a range was chosen (``minmax``, ``percentile``, ``entropy``, ``mse``).
+    """
+
+    data: str
+    method: str
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole plan; ``rest`` is the precision of every node that is not named."""
+
+    name: str
+    rest: str
+    parts: dict[str, PartPlan]
+    calibration: Calibration | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+def encode_plan(plan: Plan) -> bytes:
+    """Indented JSON; equal plans give equal bytes."""
+    return msgspec.json.format(msgspec.json.encode(plan, order="deterministic"), indent=1) + b"\n"
+
+
+def decode_plan(raw: bytes) -> Plan:
+    """Parse and validate; raises BundleError ``plan-damaged``."""
+    try:
+        plan = msgspec.json.decode(raw, type=Plan)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _damaged(str(error)) from error
+    if plan.schema != SCHEMA or plan.rest not in PRECISIONS:
+        raise _damaged(f"schema {plan.schema}, rest {plan.rest!r}")
+    for part in plan.parts.values():
+        scales = [*part.activations.values(), *(s for w in part.weights.values() for s in w.scales)]
+        if not all(0.0 < s < float("inf") for s in scales):
+            raise _damaged("a scale is not a positive number")
+        if not set(part.stored) <= set(part.activations):
+            raise _damaged("a stored tensor has no scale")
+    return plan
+
+
+def require_graph(plan: Plan, part: str, canonical: bytes) -> PartPlan:
+    """The plan of a part, if it was made for this very graph."""
+    found = plan.parts.get(part)
+    digest = hashlib.sha256(canonical).hexdigest()
+    if found is None or found.graph != digest:
+        raise BundleError(
+            "plan-graph",
+            f"the plan {plan.name!r} was not made for this {part!r} graph",
+            why=f"it is for {found.graph[:16]}…, the bundle holds {digest[:16]}…"
+            if found
+            else f"it has parts {', '.join(plan.parts) or 'none'}",
+            fix="quantize this bundle anew",
+        )
+    return found
+
+
+def _damaged(why: str) -> BundleError:
+    return BundleError(
+        "plan-damaged",
+        "the precision plan cannot be read",
+        why=why,
+        fix="quantize the bundle anew",
+    )
