@@ -52,7 +52,7 @@ class PlainConv(nn.Module):
 class NMF(nn.Module):
     """Non-negative matrix factorisation by multiplicative updates, X = B C.
 
-    x: [B, D, N] non-negative; bases B [B, D, R]; coefficients C [B, R, N]. Gradients flow through
+    x: [B, D, N] non-negative; bases B [B, D, R]; coefficients C^T [B, N, R]. Gradients flow through
     the last coefficient update only (the one-step gradient of the Hamburger paper).
     """
 
@@ -68,26 +68,26 @@ class NMF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bases = self.bases
-        coefficients = torch.softmax(bases.transpose(1, 2) @ x, dim=1)
+        coefficients = torch.softmax(x.transpose(1, 2) @ bases, dim=-1)
         if self.training:
             with torch.no_grad():
                 bases, coefficients = self._iterate(x, bases, coefficients, self.train_steps)
         else:
             bases, coefficients = self._iterate(x, bases, coefficients, self.eval_steps)
-        return bases @ self._update_coefficients(x, bases, coefficients)
+        return bases @ self._update_coefficients(x, bases, coefficients).transpose(1, 2)
 
     def _iterate(
         self, x: Tensor, bases: Tensor, coefficients: Tensor, steps: int
     ) -> tuple[Tensor, Tensor]:
         for _ in range(steps):
             coefficients = self._update_coefficients(x, bases, coefficients)
-            turned = coefficients.transpose(1, 2)
-            bases = bases * (x @ turned) / (bases @ (coefficients @ turned) + EPSILON)
+            gram = coefficients.transpose(1, 2) @ coefficients
+            bases = bases * (x @ coefficients) / (bases @ gram + EPSILON)
         return bases, coefficients
 
     def _update_coefficients(self, x: Tensor, bases: Tensor, coefficients: Tensor) -> Tensor:
-        turned = bases.transpose(1, 2)
-        return coefficients * (turned @ x) / ((turned @ bases) @ coefficients + EPSILON)
+        gram = bases.transpose(1, 2) @ bases
+        return coefficients * (x.transpose(1, 2) @ bases) / (coefficients @ gram + EPSILON)
 
 
 class Hamburger(nn.Module):
