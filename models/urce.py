@@ -130,10 +130,10 @@ class CrossScaleEnhancement(nn.Module):
     def _to_regions(self, x: Tensor, window: int) -> Tensor:
         """[B, C, grid * w, grid * w] to [B, grid^2, w^2 * C], row-major in grid and window."""
         grid = self.grid
-        x = x.reshape(-1, x.shape[1], grid, window, grid, window)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, grid**2, window**2 * x.shape[1])
+        rows = x.permute(0, 2, 3, 1).reshape(-1, grid, window, grid, window * x.shape[1])
+        return rows.transpose(2, 3).reshape(-1, grid**2, window**2 * x.shape[1])
 
     def _to_map(self, regions: Tensor, window: int) -> Tensor:
         grid, width = self.grid, self.width
-        x = regions.reshape(-1, grid, grid, window, window, width)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, width, grid * window, grid * window)
+        rows = regions.reshape(-1, grid, grid, window, window * width).transpose(2, 3)
+        return rows.reshape(-1, grid * window, grid * window, width).permute(0, 3, 1, 2)
