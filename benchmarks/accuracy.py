@@ -81,7 +81,7 @@ def evaluate(
 def artefacts(segmenter: Segmenter) -> dict[str, str]:
     """SHA-256 of each graph that ran, and of the checkpoint they were exported from."""
     manifest = segmenter.manifest
-    graphs = segmenter.bundle.dialect(segmenter.backend.dialect, segmenter.plan).graphs
+    graphs = segmenter.dialect.graphs
     hashes = {part: manifest.files[graph].sha256 for part, graph in graphs.items()}
     return hashes | {"checkpoint": str(manifest.provenance.get("checkpoint"))}
 

@@ -3,17 +3,19 @@
 - the activation and the weight of every Conv, Gemm and MatMul that has a constant weight;
 - one pair per tensor, shared by all its readers;
 - weights per output channel, activations per tensor, symmetric, biases not at all;
-- through nodes that only move or blend values (Concat, Resize), so that the move is in integers;
-- the output of an integer convolution is ``stored``: ONNX Runtime's integer convolution has to
-  write integers, TensorRT does better without the pair where the reader computes in float;
-- norms, softmax, the ratios of the matrix factorisation, attention products and the choice of
-  regions are no candidates: they have no constant weight. The padding mask never passes through a
-  quantized tensor, because it enters behind the products it masks.
+- through nodes that only move or blend values, so that the move is in integers;
+- the outputs of integer convolutions, and of additions and products of quantized maps, are
+  ``stored``: ONNX Runtime's integer kernels have to write integers; TensorRT does better without
+  the pair where a reader computes in float.
+
+Norms, softmax, ratios, attention products and the choice of regions have no constant weight and
+stay in float; so do the modules that the model calls ``high``. The padding mask never passes
+through a quantized tensor, because it enters behind the products that it masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx
@@ -21,54 +23,63 @@ import onnx
 from ..export.canonical import module_of
 from ..export.graph import GraphIndex, attribute
 
-CARRIERS = ("Concat", "Resize")
-HIGH = (
-    "Softmax",
-    "LayerNormalization",
-    "InstanceNormalization",
-    "Div",
-    "TopK",
-    "Tanh",
-)
+MOVERS = ("Transpose", "Reshape", "Resize")  # one input, values unchanged or blended
+ELEMENTWISE = ("Add", "Mul")
+HIGH = ("Softmax", "LayerNormalization", "InstanceNormalization", "Div", "TopK", "Tanh")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Names of nodes and tensors; ``weights`` maps a constant to the axis of its channels.
+    """Names of nodes and tensors.
 
-    same: pairs of tensors that must have one scale, because a node only moves values.
+    int8, high: nodes that compute in integers; nodes that stay in float32 in every plan.
+    inputs:     tensors that integer nodes read, and what movers before them read.
+    stored:     tensors that only ONNX Runtime's integer kernels write as integers.
+    weights:    constant to the axis of its channels, None for one scale in all.
+    same:       tensors that must have one scale, because a node only moves values.
     """
 
     int8: tuple[str, ...]
     high: tuple[str, ...]
     inputs: tuple[str, ...]
     stored: tuple[str, ...]
-    weights: dict[str, int]
+    weights: dict[str, int | None]
     same: tuple[tuple[str, str], ...]
 
 
-def place(index: GraphIndex, keep: Callable[[onnx.NodeProto], bool] = lambda _: False) -> Placement:
-    """Decide for a graph; nodes for which ``keep`` holds stay in float."""
-    int8, inputs, stored, weights = [], {}, {}, {}
+def place(index: GraphIndex, high_modules: Iterable[str] = ()) -> Placement:
+    """Decide for a graph; nodes of ``high_modules`` stay in float."""
+    high = {n.name for n in index.nodes if is_high(n, tuple(high_modules))}
+    int8: list[str] = []
+    weights: dict[str, int | None] = {}
+    inputs: dict[str, None] = {}
+    stored: dict[str, None] = {}
     for node in index.nodes:
         weight = index.weight_of(node)
-        if weight is None or keep(node) or not index.is_float(node.output[0]):
+        if weight is None or node.name in high:
             continue
         int8.append(node.name)
         weights[weight] = channel_axis(index, node, weight)
-        activation = next(i for i in node.input[:2] if i != weight)
-        inputs[activation] = None
+        inputs[next(i for i in node.input[:2] if i != weight)] = None
         if node.op_type == "Conv":
             stored[node.output[0]] = None
     same = _spread(index, inputs)
+    _store_elementwise(index, inputs, stored, high)
     return Placement(
         tuple(int8),
-        tuple(n.name for n in index.nodes if n.op_type in HIGH),
+        tuple(n.name for n in index.nodes if n.name in high),
         tuple(inputs),
         tuple(t for t in stored if t not in inputs and t not in index.outputs),
         weights,
         same,
     )
+
+
+def is_high(node: onnx.NodeProto, modules: tuple[str, ...]) -> bool:
+    """Whether a node stays in float32 in every plan, by its kind or by its module."""
+    module = module_of(node)
+    inside = any(module == m or module.startswith(f"{m}.") for m in modules)
+    return inside or node.op_type in HIGH
 
 
 def channel_axis(index: GraphIndex, node: onnx.NodeProto, weight: str) -> int:
@@ -82,17 +93,19 @@ def channel_axis(index: GraphIndex, node: onnx.NodeProto, weight: str) -> int:
 
 
 def _spread(index: GraphIndex, inputs: dict[str, None]) -> tuple[tuple[str, str], ...]:
-    """Quantize what a carrier reads wherever its output is quantized."""
+    """Quantize what a mover reads wherever what it writes is quantized; Concat reads several."""
     same = []
     pending = list(inputs)
     while pending:
         name = pending.pop()
         maker = index.maker.get(name)
-        if maker is None or maker.op_type not in CARRIERS:
+        if maker is None or maker.op_type not in (*MOVERS, "Concat"):
             continue
-        sources = maker.input[:1] if maker.op_type == "Resize" else maker.input
-        for source in sources:
-            if maker.op_type == "Resize":
+        moved = list(maker.input[:1]) if maker.op_type in MOVERS else list(maker.input)
+        for source in moved:
+            if not index.is_float(source):
+                continue
+            if maker.op_type in MOVERS:
                 same.append((source, name))
             if source not in inputs:
                 inputs[source] = None
@@ -100,26 +113,38 @@ def _spread(index: GraphIndex, inputs: dict[str, None]) -> tuple[tuple[str, str]
     return tuple(same)
 
 
+def _store_elementwise(
+    index: GraphIndex, inputs: dict[str, None], stored: dict[str, None], high: set[str]
+) -> None:
+    """Sums and products of quantized maps are written as integers, so that chains stay short."""
+    for node in index.nodes:
+        if node.op_type not in ELEMENTWISE or node.name in high:
+            continue
+        if all(i in inputs or i in stored for i in node.input):
+            stored[node.output[0]] = None
+
+
 def macs(index: GraphIndex, node: onnx.NodeProto) -> int:
     """Multiply-accumulates of a Conv, MatMul or Gemm for a batch of one; 0 for other nodes."""
     if node.op_type not in ("Conv", "MatMul", "Gemm"):
         return 0
-    out = index.shape(node.output[0])
-    weight = index.shape(node.input[1])
-    if out is None or weight is None:
+    out, left, right = (index.shape(n) for n in (node.output[0], node.input[0], node.input[1]))
+    if out is None or left is None or right is None:
         return 0
+    inner = _product(right[1:]) if node.op_type == "Conv" else left[-1]
+    return _product(out) * inner
+
+
+def int8_share(index: GraphIndex, int8: Iterable[str]) -> float:
+    """Share of the multiply-accumulates with constant weights that run in integers."""
+    chosen = set(int8)
+    weighted = [n for n in index.nodes if index.weight_of(n) is not None]
+    total = sum(macs(index, n) for n in weighted)
+    return sum(macs(index, n) for n in weighted if n.name in chosen) / total if total else 0.0
+
+
+def _product(sizes: Iterable[int]) -> int:
     total = 1
-    for size in out:
+    for size in sizes:
         total *= size
-    if node.op_type == "Conv":
-        inner = 1
-        for size in weight[1:]:
-            inner *= size
-        return total * inner
-    left = index.shape(node.input[0])
-    return total * (left[-1] if left else 0)
-
-
-def module(node: onnx.NodeProto) -> str:
-    """The torch module a node came from, for messages."""
-    return module_of(node) or node.name
+    return total

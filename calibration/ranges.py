@@ -15,7 +15,7 @@ from .statistics import BINS, Histogram
 
 LEVELS = 127
 PERCENTILE = 99.99
-_FLOOR = 1e-12  # a tensor of zeros still needs a positive scale
+_SMALLEST = 2.0**-14  # the smallest normal float16
 
 
 def minmax(histogram: Histogram) -> float:
@@ -38,6 +38,7 @@ def entropy(histogram: Histogram) -> float:
     their Kullback-Leibler divergence.
     """
     counts = histogram.counts.astype(np.float64)
+    counts[0] = min(counts[0], counts[1])  # exact zeros are free, and would drown the rest
     last = _last_bin(histogram)
     best, best_loss = last, np.inf
     for cut in range(LEVELS + 1, last + 1, 8):
@@ -54,8 +55,8 @@ def mse(histogram: Histogram) -> float:
     candidates = histogram.largest * np.linspace(0.2, 1.0, 81)
     losses = []
     for threshold in candidates:
-        step = threshold / LEVELS
-        rounded = np.clip(np.rint(centres / step), -128, LEVELS) * step
+        size = threshold / LEVELS
+        rounded = np.clip(np.rint(centres / size), -128, LEVELS) * size
         losses.append(float((counts * (centres - rounded) ** 2).sum()))
     return float(candidates[int(np.argmin(losses))])
 
@@ -68,17 +69,30 @@ METHODS: dict[str, Callable[[Histogram], float]] = {
 }
 
 
+def step(threshold: float) -> float:
+    """``threshold / 127``, rounded up to a float16.
+
+    Dialects in float16 hold their scales in float16; with such steps every dialect of a plan has
+    the very same ones. Rounding up never clips what the threshold did not.
+    """
+    wanted = max(threshold / LEVELS, _SMALLEST)
+    half = np.float16(wanted)
+    if float(half) < wanted:
+        half = np.nextafter(half, np.float16(np.inf))
+    return float(half)
+
+
 def scale_of(histogram: Histogram, method: str) -> float:
-    """The symmetric int8 step of a tensor, as the float32 that the graph will hold."""
-    threshold = METHODS[method](histogram) if histogram.largest > 0.0 else 0.0
-    return float(np.float32(max(threshold, _FLOOR) / LEVELS))
+    """The symmetric int8 step of a tensor."""
+    return step(METHODS[method](histogram) if histogram.largest > 0.0 else 0.0)
 
 
-def weight_scales(weight: npt.NDArray[np.floating], axis: int) -> tuple[float, ...]:
-    """Per-channel steps of a constant: its largest absolute value over 127."""
+def weight_scales(weight: npt.NDArray[np.generic], axis: int | None) -> tuple[float, ...]:
+    """Steps of a constant, per channel or one in all: its largest absolute value over 127."""
+    if axis is None:
+        return (step(float(np.abs(weight).max())),)
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    largest = np.abs(weight).max(axis=others)
-    return tuple(float(np.float32(max(float(v), _FLOOR) / LEVELS)) for v in largest)
+    return tuple(step(float(v)) for v in np.abs(weight).max(axis=others))
 
 
 def _last_bin(histogram: Histogram) -> int:
@@ -93,6 +107,6 @@ def _divergence(counts: npt.NDArray[np.float64], cut: int) -> float:
     filled = np.add.reduceat((counts[:cut] > 0).astype(np.float64), edges[:-1])
     means = np.divide(sums, filled, out=np.zeros_like(sums), where=filled > 0)
     expanded = np.repeat(means, np.diff(edges)) * (counts[:cut] > 0)
-    p, q = clipped / clipped.sum(), expanded / max(expanded.sum(), _FLOOR)
+    p, q = clipped / clipped.sum(), expanded / max(expanded.sum(), 1e-12)
     where = p > 0
     return float((p[where] * np.log(p[where] / np.maximum(q[where], 1e-12))).sum())

@@ -14,10 +14,13 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
+from ..errors import ExportError
+from ..export.graph import GraphIndex
+
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 BINS = 2048
-_PER_RUN = 48  # tensors that one session hands out at once
+_MEMORY = 384 << 20  # bytes of tensors that one session hands out at once
 
 
 @dataclass
@@ -53,13 +56,12 @@ class Collector:
     """Runs a graph on calibration inputs and keeps a histogram per named tensor.
 
     The graph runs without optimisations, so that every tensor exists as the plan names it; tensors
-    are handed out in groups, so that memory stays bounded by the largest few.
+    are handed out in groups that fit into memory, at the price of one forward per group.
     """
 
     def __init__(self, model: onnx.ModelProto, names: Iterable[str], threads: int = 1) -> None:
         self.histograms = {name: Histogram() for name in names}
-        wanted = list(self.histograms)
-        groups = [wanted[i : i + _PER_RUN] for i in range(0, len(wanted), _PER_RUN)]
+        groups = _groups(GraphIndex(model), list(self.histograms))
         self._sessions = [(group, _session(model, group, threads)) for group in groups]
 
     def add(self, inputs: Arrays) -> None:
@@ -67,7 +69,32 @@ class Collector:
         for names, session in self._sessions:
             taken = {i.name: inputs[i.name] for i in session.get_inputs()}
             for name, value in zip(names, session.run(names, taken), strict=True):
-                self.histograms[name].add(np.asarray(value))
+                self.histograms[name].add(_finite(name, np.asarray(value)))
+
+
+def _finite(name: str, value: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    if np.isfinite(value).all():
+        return value
+    raise ExportError(
+        "calibrate-infinite",
+        f"the tensor {name} is not finite on a calibration sample",
+        why="a scale cannot be chosen for infinity or not-a-number",
+        fix="check the weights; the fp32 model itself gives this value",
+    )
+
+
+def _groups(index: GraphIndex, names: list[str]) -> list[list[str]]:
+    """Split the tensors so that each group fits the memory, for a batch of one."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name in names:
+        size = 4 * int(np.prod(index.shape(name) or (1,)))
+        if groups[-1] and held + size > _MEMORY:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return [g for g in groups if g]
 
 
 def _session(

@@ -55,6 +55,16 @@ class BundleWriter:
         path.write_bytes(content)
         return path
 
+    def copy(self, name: str, source: Path, spec: FileSpec) -> None:
+        """Take over a verified file of another bundle.
+
+        A copy, not a link: onnx and ONNX Runtime refuse weights that have two names.
+        """
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
+        self._files[name] = spec
+
     def commit(self, manifest: Manifest) -> Manifest:
         """Write the manifest with the hashes of all files and put the bundle in its place."""
         manifest = replace(manifest, files=dict(sorted(self._files.items())))

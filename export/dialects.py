@@ -1,21 +1,55 @@
-"""A plan applied to the canonical graph, for one family of runtimes.
+"""A plan applied to the canonical graph, once per family of runtimes.
 
-This file holds the fp32 plan of the ``ort`` dialect: ONNX Runtime takes the canonical graph as it
-is, and shares its weights. Lower precisions and TensorRT's dialects join it here.
+ort       ONNX Runtime: fp32 rest, uint8 activations with zero-point 128, int8 weights; fp16 plans
+          store weights in float16 and compute in float32.
+ort-u8u8  the same with uint8 weights, for processors whose u8 x s8 kernels saturate (x86 without
+          VNNI). The runtime chooses by the processor's flags.
+trt10     TensorRT 10.3 to 11.4, strongly typed: int8 with zero-point 0, fp16 or fp32 rest.
+trt8      TensorRT 8.6: made from the fp32 graph, opset 17, Gelu in pieces, fp32 scales; a sidecar
+          names the layers that the builder must keep in float32.
+
+All dialects of a plan quantize by the same scales; they differ in encoding and in what surrounds
+the integers. Only the ``ort`` dialects quantize ``stored`` tensors, which their kernels need.
 """
 
 from __future__ import annotations
 
+import json
+
 import onnx
 
+from ..runtime.plan import PartPlan, Plan
+from .half import store_half, to_half
+from .lower import to_opset_17
+from .qdq import write_qdq
+
+DIALECTS = ("ort", "ort-u8u8", "trt10", "trt8")
 DIALECT = "refedge.dialect"
 PLAN = "refedge.plan"
 
 
-def ort_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The canonical graph, marked; a copy that shares no memory with its source."""
+def mark(model: onnx.ModelProto, dialect: str, plan: str) -> onnx.ModelProto:
+    """A copy that says what it is and shares no memory with its source."""
     out = onnx.ModelProto()
     out.CopyFrom(model)
-    for key, value in ((DIALECT, "ort"), (PLAN, "fp32")):
+    for key, value in ((DIALECT, dialect), (PLAN, plan)):
         out.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
     return out
+
+
+def write_dialect(
+    model: onnx.ModelProto, dialect: str, plan: Plan, part: PartPlan
+) -> tuple[onnx.ModelProto, bytes]:
+    """The graph of a part in a dialect, and its sidecar (empty where it has none)."""
+    ort = dialect.startswith("ort")
+    out = write_qdq(model, part, unsigned=ort, stored=ort, unsigned_weights=dialect == "ort-u8u8")
+    sidecar = b""
+    if dialect == "trt10" and plan.rest == "fp16":
+        out = to_half(out, part.high)
+    elif dialect == "trt8":
+        out = to_opset_17(out)
+        record = {"precision": plan.rest, "float32": sorted(part.high)}
+        sidecar = json.dumps(record, indent=1).encode() + b"\n"
+    elif ort and plan.rest == "fp16":
+        out = store_half(out)
+    return mark(out, dialect, plan.name), sidecar

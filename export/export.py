@@ -25,7 +25,7 @@ from ..runtime.manifest import (
     TokenizerSpec,
 )
 from .bundle import BundleWriter
-from .dialects import ort_fp32
+from .dialects import mark
 from .from_torch import to_onnx
 from .lint import require_clean
 from .parity import measure
@@ -45,14 +45,16 @@ def export(loaded: Loaded, target: Path, *, say: Callable[[str], None] = print) 
     with BundleWriter(target) as writer:
         canonical: dict[str, str] = {}
         ort: dict[str, str] = {}
+        weights: list[str] = []
         for part in parts:
             say(f"tracing {part.name}")
             model = to_onnx(part)
             require_clean(model)
             name, content = split_weights(model)
             writer.add(f"graphs/{name}", content)
+            weights.append(f"graphs/{name}")
             canonical[part.name] = _add_graph(writer, model, part.name)
-            ort[part.name] = _add_graph(writer, ort_fp32(model), f"{part.name}.ort.fp32")
+            ort[part.name] = _add_graph(writer, mark(model, "ort", "fp32"), f"{part.name}.ort.fp32")
         say("measuring parity")
         parity = measure(
             loaded.model,
@@ -62,7 +64,11 @@ def export(loaded: Loaded, target: Path, *, say: Callable[[str], None] = print) 
             {"ort fp32": {name: writer.folder / file for name, file in ort.items()}},
         )
         writer.add("tokenizer.json", loaded.tokenizer.to_str(pretty=True).encode())
-        return writer.commit(_manifest(loaded, specs, canonical, ort, parity))
+        dialects = (
+            DialectSpec("canonical", "fp32", canonical, tuple(weights)),
+            DialectSpec("ort", "fp32", ort, tuple(weights)),
+        )
+        return writer.commit(_manifest(loaded, specs, dialects, parity))
 
 
 def _add_graph(writer: BundleWriter, model: onnx.ModelProto, stem: str) -> str:
@@ -74,8 +80,7 @@ def _add_graph(writer: BundleWriter, model: onnx.ModelProto, stem: str) -> str:
 def _manifest(
     loaded: Loaded,
     specs: tuple[PartSpec, ...],
-    canonical: dict[str, str],
-    ort: dict[str, str],
+    dialects: tuple[DialectSpec, ...],
     parity: dict[str, Any],
 ) -> Manifest:
     config = loaded.model.config
@@ -96,8 +101,10 @@ def _manifest(
         postprocess=PostprocessSpec(),
         protocol="refshapes" if loaded.card.training else "lavt480",
         parts=specs,
-        canonical=canonical,
-        dialects=(DialectSpec("ort", "fp32", ort),),
+        canonical=dialects[0],
+        high=loaded.model.high,
+        plans={},
+        dialects=dialects[1:],
         files={},
         provenance={
             "checkpoint": loaded.card.sha256 or "none: seeded, untrained weights",

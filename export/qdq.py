@@ -7,6 +7,8 @@ x86 kernels are fast with. Weights are int8 on disk with a DequantizeLinear per 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -17,19 +19,23 @@ from .canonical import MODULE, module_of
 from .graph import GraphIndex
 
 
-def quantize_weight(
-    weight: npt.NDArray[np.floating], spec: WeightScale
-) -> npt.NDArray[np.int8]:
+def quantize_weight(weight: npt.NDArray[Any], spec: WeightScale) -> npt.NDArray[np.int8]:
     """Integers of a constant, -127 to 127, rounded half to even."""
     shape = [1] * weight.ndim
-    shape[spec.axis] = -1
+    if spec.axis is not None:
+        shape[spec.axis] = -1
     scales = np.array(spec.scales, np.float32).reshape(shape)
     rounded = np.rint(weight.astype(np.float32) / scales)
-    return np.clip(rounded, -127, 127).astype(np.int8)
+    return np.asarray(np.clip(rounded, -127, 127), np.int8)
 
 
 def write_qdq(
-    model: onnx.ModelProto, plan: PartPlan, *, unsigned: bool, stored: bool
+    model: onnx.ModelProto,
+    plan: PartPlan,
+    *,
+    unsigned: bool,
+    stored: bool,
+    unsigned_weights: bool = False,
 ) -> onnx.ModelProto:
     """A copy of a graph with the plan's Q/DQ pairs.
 
@@ -40,9 +46,7 @@ def write_qdq(
     graph = out.graph
     index = GraphIndex(out)
     tensors = {
-        name: scale
-        for name, scale in plan.activations.items()
-        if stored or name not in plan.stored
+        name: scale for name, scale in plan.activations.items() if stored or name not in plan.stored
     }
     zero = np.uint8(128) if unsigned else np.int8(0)
     names = _Constants(graph)
@@ -52,7 +56,7 @@ def write_qdq(
     for name in (v.name for v in graph.input):
         if name in tensors:
             nodes += _pair(name, names.scale(tensors[name]), zero_name, "")
-    nodes += _weights(index, plan, names, renamed)
+    nodes += _weights(index, plan, names, renamed, unsigned_weights)
     for node in graph.node:
         for position, value in enumerate(node.input):
             if value in renamed:
@@ -73,15 +77,25 @@ def write_qdq(
 
 
 def _weights(
-    index: GraphIndex, plan: PartPlan, names: _Constants, renamed: dict[str, str]
+    index: GraphIndex,
+    plan: PartPlan,
+    names: _Constants,
+    renamed: dict[str, str],
+    unsigned: bool,
 ) -> list[onnx.NodeProto]:
     """DequantizeLinear nodes of the quantized constants, which replace the float ones."""
     nodes = []
     for name, spec in plan.weights.items():
-        integers = quantize_weight(index.constant(name), spec)  # type: ignore[arg-type]
+        integers: npt.NDArray[Any] = quantize_weight(index.constant(name), spec)
+        steps = np.array(spec.scales, np.float32)
+        if spec.axis is None:
+            steps = steps.reshape(())
+        zero: npt.NDArray[Any] = np.zeros(steps.shape, np.int8)
+        if unsigned:
+            integers, zero = (_shifted(v) for v in (integers, zero))
         stored = names.add(f"{name}/int8", integers)
-        scales = names.add(f"{name}/scale", np.array(spec.scales, np.float32))
-        zeros = names.add(f"zeros_{len(spec.scales)}", np.zeros(len(spec.scales), np.int8))
+        scales = names.add(f"{name}/scale", steps)
+        zeros = names.add(f"zeros_{steps.size if steps.ndim else 'single'}", zero)
         reader = index.readers[name][0]
         node = helper.make_node(
             "DequantizeLinear",
@@ -94,6 +108,11 @@ def _weights(
         nodes.append(node)
         renamed[name] = f"{name}/dequantized"
     return nodes
+
+
+def _shifted(integers: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """int8 as uint8 with zero-point 128: the same real values."""
+    return (integers.astype(np.int16) + 128).astype(np.uint8)
 
 
 def _pair(name: str, scale: str, zero: str, module: str) -> list[onnx.NodeProto]:

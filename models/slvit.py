@@ -251,6 +251,8 @@ class SLViT(nn.Module):
 
     mean: Tensor
     std: Tensor
+    # float32 in every precision plan: the ratios of the factorisation, and the last layer
+    high = ("classifier.hamburger.ham", "classifier.conv1")
 
     def encode_text(self, ids: Tensor, words: Tensor) -> TextProducts:
         """ids [B, T] int32, words [B, T] bool to the text products of every block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -26,17 +27,18 @@ class Bundle:
             raise _changed(self.path, name, "the manifest does not list it")
         return self.path / name
 
-    def dialect(self, name: str, plan: str) -> DialectSpec:
-        """The dialect of that name for that plan."""
-        for dialect in self.manifest.dialects:
-            if (dialect.name, dialect.plan) == (name, plan):
-                return dialect
+    def dialect(self, names: Sequence[str], plan: str) -> DialectSpec:
+        """The first of the named dialects that the bundle holds for a plan."""
+        for name in names:
+            for dialect in self.manifest.dialects:
+                if (dialect.name, dialect.plan) == (name, plan):
+                    return dialect
         held = ", ".join(f"{d.plan} ({d.name})" for d in self.manifest.dialects)
         raise BundleError(
             "plan-missing",
-            f"{self.path.name} has no plan {plan!r} for {name}",
+            f"{self.path.name} has no plan {plan!r} for {' or '.join(names)}",
             why=f"it holds {held}",
-            fix="choose a plan it holds, or export that plan",
+            fix=f"choose a plan it holds, or `refedge quantize` with --dialect {names[0]}",
         )
 
 

@@ -84,11 +84,15 @@ class PostprocessSpec:
 
 @dataclass(frozen=True)
 class DialectSpec:
-    """The graphs of one precision plan for one family of runtimes; part name to file."""
+    """The graphs of one precision plan for one family of runtimes.
+
+    graphs: part name to file; files: everything else that loading them takes (weights, sidecars).
+    """
 
     name: str
     plan: str
     graphs: dict[str, str]
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,12 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest; see ``docs/bundle.md``."""
+    """The whole manifest; see ``docs/bundle.md``.
+
+    canonical: the graphs that every dialect is made from.
+    high:  torch modules whose nodes stay in float32 in every plan.
+    plans: precision plan to its file; ``fp32`` needs none.
+    """
 
     model: str
     config: dict[str, Any]
@@ -110,7 +119,9 @@ class Manifest:
     postprocess: PostprocessSpec
     protocol: str
     parts: tuple[PartSpec, ...]
-    canonical: dict[str, str]
+    canonical: DialectSpec
+    high: tuple[str, ...]
+    plans: dict[str, str]
     dialects: tuple[DialectSpec, ...]
     files: dict[str, FileSpec]
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -118,11 +129,6 @@ class Manifest:
     accuracy: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
     digest: str = _BLANK
-
-    @property
-    def plans(self) -> tuple[str, ...]:
-        """Names of the precision plans that a dialect was written for."""
-        return tuple(dict.fromkeys(d.plan for d in self.dialects))
 
     def part(self, name: str) -> PartSpec:
         """The part of that name."""

@@ -22,9 +22,9 @@ PRECISIONS = ("int8", "fp16", "fp32")
 
 @dataclass(frozen=True)
 class WeightScale:
-    """Per-channel scales of a constant: ``axis`` of the channels, one scale each."""
+    """Scales of a constant: one per channel along ``axis``, or a single one (``axis`` None)."""
 
-    axis: int
+    axis: int | None
     scales: tuple[float, ...]
 
 

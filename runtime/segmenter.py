@@ -30,13 +30,19 @@ _TEXT_CACHE = 64 << 20  # bytes
 
 
 def load(
-    path: str | Path, *, plan: str = "fp32", backend: str = "auto", threads: int | None = None
+    path: str | Path,
+    *,
+    plan: str = "fp32",
+    backend: str = "auto",
+    threads: int | None = None,
+    dialect: str | None = None,
 ) -> Segmenter:
     """Open a bundle, verify it, and make one of its plans ready to run.
 
-    plan:    precision plan, one of ``manifest.plans``.
+    plan:    precision plan: ``fp32`` or one of ``manifest.plans``.
     backend: ``auto`` or ``onnxruntime``.
     threads: per operator; None for the backend's own choice.
+    dialect: run this dialect of the plan; None for the backend's best on this processor.
     Raises BundleError for a missing or damaged bundle, BackendError for a runtime that is missing.
     """
     if backend not in ("auto", "onnxruntime"):
@@ -53,7 +59,7 @@ def load(
             why="at least 1 works",
             fix="give 1 or more",
         )
-    return Segmenter(open_bundle(path), plan, OnnxRuntimeBackend(threads))
+    return Segmenter(open_bundle(path), plan, OnnxRuntimeBackend(threads, dialect))
 
 
 class Segmenter:
@@ -62,9 +68,9 @@ class Segmenter:
     def __init__(self, bundle: Bundle, plan: str, backend: Backend) -> None:
         self.bundle, self.plan, self.backend = bundle, plan, backend
         manifest = bundle.manifest
-        dialect = bundle.dialect(backend.dialect, plan)
+        self.dialect = bundle.dialect(backend.dialects(plan), plan)
         self._parts = {
-            part.name: backend.load(bundle.file(dialect.graphs[part.name]), part)
+            part.name: backend.load(bundle.file(self.dialect.graphs[part.name]), part)
             for part in manifest.parts
         }
         tokenizer_file = bundle.file(manifest.tokenizer.file)

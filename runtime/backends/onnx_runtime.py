@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import BackendError, BundleError
+from ..cpu import int8_dialects
 from ..manifest import PartSpec
 from .protocol import Arrays
 
@@ -68,13 +70,23 @@ class OnnxRuntimePart:
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime on the CPU; ``threads`` per operator, None for its own choice."""
+    """ONNX Runtime on the CPU.
+
+    threads: per operator; None for its own choice.
+    dialect: run this dialect (TensorRT's, say, to check what it computes) instead of the best.
+    """
 
     name = "onnxruntime"
-    dialect = "ort"
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, dialect: str | None = None) -> None:
         self._threads = threads
+        self._dialect = dialect
+
+    def dialects(self, plan: str) -> Sequence[str]:
+        """Dialects of a plan that run here, the best first; or the one that was asked for."""
+        if self._dialect is not None:
+            return [self._dialect]
+        return ["ort"] if plan in ("fp32", "fp16") else int8_dialects()
 
     def load(self, graph: Path, part: PartSpec) -> OnnxRuntimePart:
         """Load one graph and check it against the part's specification."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,9 @@ class Backend(Protocol):
     """A runtime that can load parts of a bundle."""
 
     name: str
-    dialect: str
+
+    def dialects(self, plan: str) -> Sequence[str]:
+        """Dialects of a plan that this backend runs on this machine, the best first."""
 
     def load(self, graph: Path, part: PartSpec) -> LoadedPart:
         """Load one graph and check it against the part's specification."""
