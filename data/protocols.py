@@ -7,6 +7,7 @@ with every number. I and U are intersection and union of a predicted and a true 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,13 +24,19 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 class Protocol:
     """How predictions are compared with the truth.
 
-    space:       ``model``: both masks at the model's input size; ``picture``: at the picture's.
-    strict:      P@X counts IoU > X instead of IoU >= X.
-    no_target:   None: an expression without target scores like any other, with IoU 0 where the
-                 union is empty (as in LAVT's and SLViT's public evaluation). A number: a
-                 prediction of fewer pixels than this share of the image says "nothing there";
-                 expressions without target are scored by that alone, in N-acc, and take no part
-                 in IoU and P@X.
+    space:     ``model``: both masks at the model's input size; ``picture``: at the picture's.
+    strict:    P@X counts IoU > X instead of IoU >= X.
+    no_target: None: no prediction counts as "nothing there". A number: one of fewer pixels than
+               this share of the image does.
+    absent:    what becomes of an expression without a target. ``alike``: it is scored like any
+               other, with IoU 0 where the union is empty. ``apart``: it counts in N-acc, and
+               takes no part in IoU and P@X. ``within``: it counts in N-acc and, in gIoU and oIoU,
+               as IoU 1 with no pixels if "nothing there" was said, else as IoU 0 with the
+               predicted pixels as union; and "nothing there" about a target intersects nothing.
+    threshold: a pixel is predicted where its probability is above this.
+    epsilon:   pixels added to the union of each expression's IoU, not to oIoU's.
+    text:      the field of REFER's files that the family's models read: ``raw`` or ``sent``.
+    overlap:   where parts of an object overlap: ``any`` or ``eq1``, see ``coco_masks.decode``.
     """
 
     name: str
@@ -37,22 +44,53 @@ class Protocol:
     strict: bool
     no_target: float | None
     source: str
+    absent: str = "alike"
+    threshold: float = 0.5
+    epsilon: float = 0.0
+    text: str = "raw"
+    overlap: str = "any"
 
+    def predicted(self, logits: npt.NDArray[np.float32]) -> Bools:
+        """Bools of the logits' shape; both are in the protocol's space."""
+        return np.asarray(logits > math.log(self.threshold / (1.0 - self.threshold)))
+
+
+_FIFTY = 50 / 480**2  # fewer than 50 of 480 x 480 pixels is the field's usual no-target rule
 
 PROTOCOLS = {
     "refshapes": Protocol(
         "refshapes",
         space="model",
         strict=False,
-        no_target=50 / 480**2,
-        source="refedge; fewer than 50 of 480 x 480 pixels is the field's usual no-target rule",
+        no_target=_FIFTY,
+        absent="apart",
+        source="refedge",
     ),
     "lavt480": Protocol(
         "lavt480",
         space="model",
         strict=False,
         no_target=None,
+        overlap="eq1",
         source="public evaluation of LAVT (CVPR 2022) and SLViT (IJCAI 2023)",
+    ),
+    "cris-native": Protocol(
+        "cris-native",
+        space="picture",
+        strict=True,
+        no_target=None,
+        threshold=0.35,
+        epsilon=1e-6,
+        text="sent",
+        source="public evaluation of CRIS (CVPR 2022), whose IoU is mIoU",
+    ),
+    "gres": Protocol(
+        "gres",
+        space="model",
+        strict=False,
+        no_target=_FIFTY,
+        absent="within",
+        source="public evaluation of ReLA (CVPR 2023), whose cIoU is oIoU",
     ),
 }
 
@@ -73,12 +111,13 @@ def protocol_named(name: str) -> Protocol:
 class Scores:
     """What a protocol says of a set of expressions; shares are 0 to 1, None where undefined.
 
-    count:           expressions that IoU and P@X were computed over.
+    count:           expressions that mIoU and P@X were computed over.
     oiou:            total intersection over total union (also called cIoU, overall IoU).
     miou:            mean of the expressions' IoU.
     precision:       share of expressions with IoU of at least 0.5, 0.6, 0.7, 0.8, 0.9.
     object_accuracy: share whose prediction overlaps the meant thing more (by IoU) than any other.
     n_acc, t_acc:    share of expressions without / with target that were told to be so.
+    giou:            mean IoU with the expressions without target, under ``within`` alone.
     """
 
     count: int
@@ -88,6 +127,7 @@ class Scores:
     object_accuracy: float | None
     n_acc: float | None
     t_acc: float | None
+    giou: float | None = None
 
 
 @dataclass
@@ -98,6 +138,7 @@ class _Tally:
     picked: list[bool] = field(default_factory=list)
     absent: list[bool] = field(default_factory=list)
     present: list[bool] = field(default_factory=list)
+    everything: list[float] = field(default_factory=list)
 
     def scores(self, strict: bool) -> Scores:
         ious = np.array(self.ious)
@@ -112,6 +153,7 @@ class _Tally:
             object_accuracy=_mean(self.picked),
             n_acc=_mean(self.absent),
             t_acc=_mean(self.present),
+            giou=_mean(self.everything),
         )
 
 
@@ -131,11 +173,17 @@ class Meter:
         *,
         family: str = "all",
         things: npt.NDArray[np.uint8] | None = None,
+        target: bool | None = None,
+        nothing: bool | None = None,
     ) -> float:
         """Score one expression and return its IoU.
 
         predicted, truth: [H, W] bool; an empty truth means that the expression has no target.
         things:           [H, W] uint8 map of what is seen where (0 nothing), for object accuracy.
+        target:           whether it has one, where the truth may have lost a small target in the
+                          resize to the model's size; None: whether the truth is not empty.
+        nothing:          whether the model said "nothing there", where it has a head for that;
+                          None: by the protocol's ``no_target``. Unused where that is None.
         """
         if predicted.shape != truth.shape or predicted.dtype != bool or truth.dtype != bool:
             raise DataError(
@@ -144,26 +192,35 @@ class Meter:
                 why="a prediction is scored against a truth of the same size, both bool",
                 fix="resize the prediction to the protocol's space first",
             )
+        rules = self.protocol
+        tells = rules.no_target is not None
+        if rules.no_target is None:
+            target, nothing = True, False
+        else:
+            few = rules.no_target * predicted.size
+            target = bool(truth.any()) if target is None else target
+            nothing = bool(np.count_nonzero(predicted) < few) if nothing is None else nothing
+        within = rules.absent == "within"
         intersection = int(np.count_nonzero(predicted & truth))
         union = int(np.count_nonzero(predicted | truth))
-        iou = intersection / union if union else 0.0
-        tallies = (self._all, self._families.setdefault(family, _Tally()))
-        nothing = self.protocol.no_target
-        if nothing is not None:
-            said_nothing = bool(np.count_nonzero(predicted) < nothing * predicted.size)
-            if not truth.any():
-                iou = float(said_nothing)
-                for tally in tallies:
-                    tally.absent.append(said_nothing)
-                self.ious.append(iou)
-                return iou
-            for tally in tallies:
-                tally.present.append(not said_nothing)
-        for tally in tallies:
-            tally.intersection += intersection
-            tally.union += union
-            tally.ious.append(iou)
-            if things is not None and truth.any():
+        if within and nothing:
+            intersection, union = 0, union if target else 0
+        iou = intersection / (union + rules.epsilon) if union else 0.0
+        if not target:
+            iou = float(nothing)
+        for tally in (self._all, self._families.setdefault(family, _Tally())):
+            if tells and target:
+                tally.present.append(not nothing)
+            if tells and not target:
+                tally.absent.append(nothing)
+            if within:
+                tally.everything.append(iou)
+            if within or target:
+                tally.intersection += intersection
+                tally.union += union
+            if target:
+                tally.ious.append(iou)
+            if target and things is not None and truth.any():
                 tally.picked.append(_picked(predicted, truth, things))
         self.ious.append(iou)
         return iou
