@@ -1,124 +1,252 @@
-"""``refedge eval``: what a bundle scores on a dataset, under a named protocol."""
+"""``refedge eval``: what each plan of a bundle scores, and what it lost against fp32.
+
+Against the truth under a named protocol, and as *agreement* with the fp32 plan: the IoU of the two
+masks. Agreement sees damage that the score of a few hundred expressions cannot; the difference of
+the scores comes with a paired 95 % interval, scenes being what is drawn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..data.protocols import Meter, Protocol, Scores, protocol_named
-from ..data.refshapes.dataset import RefShapes, Sample
-from ..data.refshapes.scene import DIFFICULTIES, SPLITS
+from ..data.items import Bools, Item, Items, Query
+from ..data.protocols import Meter, Protocol, Scores
 from ..errors import DataError
-from ..runtime.manifest import PreprocessSpec
+from ..runtime.masks import resize_logits
+from ..runtime.plan import decode_plan
 from ..runtime.segmenter import Segmenter
 from .device import describe
 
-Logits = Callable[[Sample], npt.NDArray[np.float32]]
+REFERENCE = "fp32"
+FLIP = 0.5
+_NORMAL_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Masks of a plan against those of fp32.
+
+    mean:   IoU of the two masks; two that both say "nothing there" agree.
+    worst5: mean of the lowest five percent.
+    flips:  share of expressions whose IoU with the truth is at least 0.5 under one plan only.
+    """
+
+    mean: float
+    worst5: float
+    flips: float
+
+
+@dataclass(frozen=True)
+class PlanAccuracy:
+    """One plan: its scores, and what separates them from fp32's."""
+
+    plan: str
+    dialect: str
+    overall: Scores
+    families: dict[str, Scores]
+    ious: tuple[float, ...]
+    artefacts: dict[str, str]
+    agreement: Agreement | None = None
+    miou_change: Interval | None = None
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Scores of one plan of one bundle on one dataset."""
+    """Plans of one bundle on one dataset; ``ids`` name the expressions that ``ious`` belong to."""
 
     data: str
     protocol: str
-    plan: str
     scenes: int
-    overall: Scores
-    families: dict[str, Scores]
-    artefacts: dict[str, str] = field(default_factory=dict)
+    plans: tuple[PlanAccuracy, ...]
+    worst: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Plain data for JSON, with the machine it was measured on."""
-        return asdict(self) | {"device": describe()}
-
-
-def open_data(name: str, spec: PreprocessSpec, *, scenes: int | None = None) -> RefShapes:
-    """The dataset that a name such as ``refshapes:test`` or ``refshapes-full:val`` stands for.
-
-    RefShapes is rendered at the model's own size; ``scenes`` takes the first so many.
-    """
-    family, _, split = name.partition(":")
-    difficulty = {"refshapes": "lite"} | {f"refshapes-{d}": d for d in DIFFICULTIES}
-    if family not in difficulty or split not in SPLITS:
-        raise DataError(
-            "data-unknown",
-            f"there is no dataset called {name!r}",
-            why=f"known are {', '.join(difficulty)}, each with :{', :'.join(SPLITS)}",
-            fix="for example refshapes:test",
-        )
-    return RefShapes(split, difficulty=difficulty[family], size=spec.height, scenes=scenes)
+        return {"schema": "refedge-accuracy-1", **asdict(self), "device": describe()}
 
 
 def evaluate(
-    segmenter: Segmenter,
+    segmenters: Mapping[str, Segmenter],
+    items: Items,
+    protocol: Protocol,
     data: str,
     *,
-    protocol: str | None = None,
-    scenes: int | None = None,
-    progress: Callable[[Iterable[Sample]], Iterable[Sample]] = iter,
+    progress: Callable[[Iterable[Item]], Iterable[Item]] = iter,
 ) -> Accuracy:
-    """Score a segmenter; ``protocol`` None takes the bundle's own."""
-    manifest = segmenter.manifest
-    rules = protocol_named(protocol or manifest.protocol)
-    samples = open_data(data, manifest.preprocess, scenes=scenes)
-    overall, families = score(lambda s: logits_of(segmenter, s), progress(samples), rules)
-    return Accuracy(
-        data,
-        rules.name,
-        segmenter.plan,
-        len(samples),
-        overall,
-        families,
-        artefacts(segmenter),
+    """Score several plans on the same items; ``segmenters`` by plan, fp32 first if it is there.
+
+    Raises DataError ``calibrate-overlap`` where a plan was calibrated on what is scored.
+    """
+    _refuse_overlap(segmenters, items)
+    tallies = {name: _Tally(protocol) for name in segmenters}
+    for item in progress(items):
+        reference: list[Bools] | None = None
+        for name, segmenter in segmenters.items():
+            masks = predict(segmenter, item, protocol)
+            tallies[name].add(item, masks, reference)
+            reference = masks if name == REFERENCE else reference
+    plans = tuple(
+        tallies[name].result(name, segmenter, tallies.get(REFERENCE))
+        for name, segmenter in segmenters.items()
     )
+    return Accuracy(data, protocol.name, len(items), plans)
+
+
+def predict(segmenter: Segmenter, item: Item, protocol: Protocol) -> list[Bools]:
+    """Masks of an item's queries in the protocol's space."""
+    found = logits_of(segmenter, item.pixels, [q.text for q in item.queries])
+    return [protocol.predicted(resize_logits(logits, item.size)) for logits in found]
+
+
+def logits_of(
+    segmenter: Segmenter, pixels: npt.NDArray[np.uint8], texts: list[str]
+) -> npt.NDArray[np.float32]:
+    """[expressions, h, w] logits of several expressions about one picture at the model's size."""
+    products = [segmenter.text(segmenter.tokenize(t))[0] for t in texts]
+    repeated = np.broadcast_to(pixels[None], (len(texts), *pixels.shape))
+    return segmenter.logits(np.ascontiguousarray(repeated), products)
 
 
 def artefacts(segmenter: Segmenter) -> dict[str, str]:
     """SHA-256 of each graph that ran, and of the checkpoint they were exported from."""
-    manifest = segmenter.manifest
-    graphs = segmenter.dialect.graphs
-    hashes = {part: manifest.files[graph].sha256 for part, graph in graphs.items()}
-    return hashes | {"checkpoint": str(manifest.provenance.get("checkpoint"))}
+    files = segmenter.manifest.files
+    hashes = {part: files[graph].sha256 for part, graph in segmenter.dialect.graphs.items()}
+    return hashes | {"checkpoint": str(segmenter.manifest.provenance.get("checkpoint"))}
 
 
-def logits_of(segmenter: Segmenter, sample: Sample) -> npt.NDArray[np.float32]:
-    """[expressions, h, w] logits of a sample rendered at the model's size."""
-    texts = [segmenter.text(segmenter.tokenize(e.text))[0] for e in sample.expressions]
-    pixels = np.broadcast_to(sample.image[None], (len(texts), *sample.image.shape))
-    return segmenter.logits(np.ascontiguousarray(pixels), texts)
+class _Tally:
+    """What one plan did, item by item."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol = protocol
+        self._meter = Meter(protocol)
+        self._agreement: list[float] = []
+        self._scenes: list[list[float]] = []
+
+    def add(self, item: Item, masks: list[Bools], reference: list[Bools] | None) -> None:
+        scene = []
+        for i, (query, mask) in enumerate(zip(item.queries, masks, strict=True)):
+            iou = self._meter.add(
+                mask, query.truth, family=query.family, things=item.things, target=query.target
+            )
+            if self._counts(query):
+                scene.append(iou)
+            if reference is not None:
+                self._agreement.append(self._agree(mask, reference[i]))
+        self._scenes.append(scene)
+
+    def result(self, plan: str, segmenter: Segmenter, reference: _Tally | None) -> PlanAccuracy:
+        agreement, change = None, None
+        if reference is not None and reference is not self:
+            ordered = np.sort(self._agreement)
+            lowest = ordered[: max(1, len(ordered) // 20)]
+            ours, theirs = np.array(self._meter.ious), np.array(reference._meter.ious)
+            flips = float(np.mean((ours >= FLIP) != (theirs >= FLIP)))
+            agreement = Agreement(float(ordered.mean()), float(lowest.mean()), flips)
+            change = paired_change(self._scenes, reference._scenes)
+        return PlanAccuracy(
+            plan,
+            segmenter.dialect.name,
+            self._meter.scores(),
+            self._meter.by_family(),
+            tuple(round(i, 5) for i in self._meter.ious),
+            artefacts(segmenter),
+            agreement,
+            change,
+        )
+
+    def _counts(self, query: Query) -> bool:
+        return query.target or self._protocol.absent != "apart"
+
+    def _agree(self, a: Bools, b: Bools) -> float:
+        least = (self._protocol.no_target or 0.0) * a.size
+        if np.count_nonzero(a) < least and np.count_nonzero(b) < least:
+            return 1.0
+        union = np.count_nonzero(a | b)
+        return float(np.count_nonzero(a & b) / union) if union else 1.0
 
 
-def score(
-    logits: Logits, samples: Iterable[Sample], protocol: Protocol
-) -> tuple[Scores, dict[str, Scores]]:
-    """Overall and per-family scores of anything that gives logits for a sample."""
-    meter = Meter(protocol)
-    for sample, found in _each(logits, samples):
-        for expression, mask in zip(sample.expressions, found > 0, strict=True):
-            meter.add(mask, sample.mask(expression), family=expression.family, things=sample.things)
-    return meter.scores(), meter.by_family()
+def paired_change(ours: list[list[float]], theirs: list[list[float]]) -> Interval:
+    """Difference of two means of IoUs over the same expressions, with a 95 % interval.
+
+    Expressions of one scene are not independent, so scenes are the units: the interval is that of a
+    ratio of scene totals (cluster-robust, normal approximation).
+    """
+    sums = np.array([sum(a) - sum(b) for a, b in zip(ours, theirs, strict=True)])
+    counts = np.array([len(a) for a in ours], np.float64)
+    total = max(counts.sum(), 1.0)
+    mean = float(sums.sum() / total)
+    residuals = sums - mean * counts
+    n = max(len(sums), 2)
+    error = float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / total)
+    return Interval(mean, mean - _NORMAL_95 * error, mean + _NORMAL_95 * error)
 
 
-def _each(
-    logits: Logits, samples: Iterable[Sample]
-) -> Iterator[tuple[Sample, npt.NDArray[np.float32]]]:
-    for sample in samples:
-        yield sample, logits(sample)
+def _refuse_overlap(segmenters: Mapping[str, Segmenter], items: Items) -> None:
+    calibrated: dict[str, str] = {}
+    for name, segmenter in segmenters.items():
+        file = segmenter.manifest.plans.get(name)
+        if file is None:
+            continue
+        plan = decode_plan(segmenter.bundle.file(file).read_bytes())
+        if plan.calibration is not None:
+            calibrated |= dict.fromkeys(plan.calibration.ids, name)
+    overlap = items.ids().intersection(calibrated)
+    if overlap:
+        some = sorted(overlap)[0]
+        raise DataError(
+            "calibrate-overlap",
+            f"the plan {calibrated[some]!r} was calibrated on {len(overlap)} of these expressions",
+            why=f"{some} is one of them; scores on calibration samples are no proof",
+            fix="evaluate on another split",
+        )
 
 
-def table(families: dict[str, Scores], overall: Scores) -> tuple[Sequence[str], list[list[str]]]:
-    """Header and rows for people: one row per family, then all."""
-    header = ("family", "n", "mIoU", "oIoU", "P@0.5", "P@0.7", "P@0.9", "object", "N-acc")
-    rows = [_row(name, s) for name, s in (*families.items(), ("all", overall))]
+def table(accuracy: Accuracy) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and rows for people: one row per plan and family."""
+    header = ("plan", "family", "n", "mIoU", "oIoU", "P@0.5", "P@0.7", "P@0.9", "object", "N-acc")
+    rows = []
+    for plan in accuracy.plans:
+        for family, s in (*plan.families.items(), ("all", plan.overall)):
+            rows.append([plan.plan if family == "all" else "", family, *_cells(s)])
     return header, rows
 
 
-def _row(name: str, s: Scores) -> list[str]:
+def changes(accuracy: Accuracy) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and rows for people: what each plan lost against fp32."""
+    header = ("plan", "agreement", "worst 5 %", "flips", "mIoU change", "95 %")
+    rows = []
+    for plan in accuracy.plans:
+        a, c = plan.agreement, plan.miou_change
+        if a is not None and c is not None:
+            rows.append(
+                [
+                    plan.plan,
+                    f"{a.mean:.4f}",
+                    f"{a.worst5:.3f}",
+                    f"{100 * a.flips:.1f} %",
+                    f"{c.mean:+.4f}",
+                    f"{c.low:+.4f} … {c.high:+.4f}",
+                ]
+            )
+    return header, rows
+
+
+def _cells(s: Scores) -> list[str]:
     precision = s.precision or (None,) * 5
     values = (s.miou, s.oiou, precision[0], precision[2], precision[4], s.object_accuracy, s.n_acc)
-    return [name, str(s.count), *("-" if v is None else f"{v:.3f}" for v in values)]
+    return [str(s.count), *("-" if v is None else f"{v:.3f}" for v in values)]

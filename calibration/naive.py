@@ -15,7 +15,9 @@ from .placement import Placement, place
 _UNTOUCHED = ("Cast", "Equal", "TopK")
 
 
-def naive_placement(index: GraphIndex, _: Iterable[str] = ()) -> Placement:
+def naive_placement(
+    index: GraphIndex, _: Iterable[str] = (), __: frozenset[str] = frozenset()
+) -> Placement:
     """Every activation of every float node, norms, softmax and masked scores included."""
     sane = place(index)
     tensors = dict.fromkeys(sane.inputs)

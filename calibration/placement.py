@@ -47,8 +47,10 @@ class Placement:
     same: tuple[tuple[str, str], ...]
 
 
-def place(index: GraphIndex, high_modules: Iterable[str] = ()) -> Placement:
-    """Decide for a graph; nodes of ``high_modules`` stay in float."""
+def place(
+    index: GraphIndex, high_modules: Iterable[str] = (), spared: frozenset[str] = frozenset()
+) -> Placement:
+    """Decide for a graph; nodes of ``high_modules`` and ``spared`` nodes stay in float."""
     high = {n.name for n in index.nodes if is_high(n, tuple(high_modules))}
     int8: list[str] = []
     weights: dict[str, int | None] = {}
@@ -56,7 +58,7 @@ def place(index: GraphIndex, high_modules: Iterable[str] = ()) -> Placement:
     stored: dict[str, None] = {}
     for node in index.nodes:
         weight = index.weight_of(node)
-        if weight is None or node.name in high:
+        if weight is None or node.name in high or node.name in spared:
             continue
         int8.append(node.name)
         weights[weight] = channel_axis(index, node, weight)

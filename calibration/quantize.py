@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from ..data.refshapes.dataset import RefShapes
+from ..data.items import Items, open_items
+from ..data.protocols import protocol_named
 from ..errors import DataError
 from ..export.apply import apply_plan
 from ..export.graph import GraphIndex
@@ -22,9 +24,13 @@ from ..runtime.segmenter import Segmenter, load
 from .naive import naive_placement
 from .placement import Placement, int8_share, is_high, place
 from .ranges import METHODS, scale_of, weight_scales
-from .statistics import Collector
+from .sensitivity import node_errors, spared
+from .statistics import Arrays, Collector
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 SAMPLES = 64
+SPARE = 0.08
 EVALUATION = ("val", "test", "testA", "testB")
 
 
@@ -33,24 +39,53 @@ def quantize(
     plan: str,
     *,
     data: str | None = None,
+    root: Path | None = None,
     method: str = "minmax",
     samples: int = SAMPLES,
+    spare: float | None = None,
     dialects: Sequence[str] = ("ort",),
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Progress | None = None,
 ) -> tuple[Plan, Manifest]:
     """Make a plan for a bundle and write its dialects into it.
 
     plan:    ``fp16``, ``int8``, or ``naive`` (every tensor in int8, for contrast).
-    data:    calibration set, ``refshapes:calibration`` or ``refshapes:train``; int8 needs one.
+    data:    calibration set such as ``refshapes:calibration`` or ``refcoco:train`` (under
+             ``root``); int8 needs one.
     samples: image-expression pairs to see, spread over all families.
+    spare:   share of the multiply-accumulates that may stay in float, where int8 hurts most; None
+             is 0.08 for trained weights and 0 for others, whose masks mean nothing.
+    progress: wraps an iterable with a label.
     """
     bundle = open_bundle(path)
     made = (
         half_plan(bundle)
         if plan == "fp16"
-        else calibrated_plan(bundle, plan, data, method, samples, progress)
+        else calibrated_plan(
+            bundle, plan, data, root, method, samples, _spare(bundle, spare), progress or _silently
+        )
     )
     return made, apply_plan(path, made, dialects)
+
+
+def _spare(bundle: Bundle, spare: float | None) -> float:
+    if spare is None:
+        return SPARE if bundle.manifest.provenance.get("trained") else 0.0
+    if not 0.0 <= spare < 1.0:
+        raise DataError(
+            "calibrate-spare",
+            f"a share of {spare} cannot stay in float",
+            why="it is a share of the multiply-accumulates, from 0 to below 1",
+            fix=f"for example {SPARE}",
+        )
+    return spare
+
+
+def _labelled(progress: Progress, label: str, items: Iterable[str]) -> Iterable[str]:
+    return progress(items, label)
+
+
+def _silently(items: Iterable[Any], _: str) -> Iterable[Any]:
+    return items
 
 
 def half_plan(bundle: Bundle) -> Plan:
@@ -68,61 +103,84 @@ def calibrated_plan(
     bundle: Bundle,
     name: str,
     data: str | None,
+    root: Path | None,
     method: str,
     samples: int,
-    progress: Callable[[Iterable[int]], Iterable[int]],
+    spare: float,
+    progress: Progress,
 ) -> Plan:
     """Scales from what the calibration samples show in the canonical graphs."""
     _require_method(method)
-    pairs = calibration_pairs(bundle, data, samples)
-    models = {
-        part: onnx.load(bundle.file(file))
-        for part, file in bundle.manifest.canonical.graphs.items()
-    }
-    indices = {part: GraphIndex(model) for part, model in models.items()}
-    choose = naive_placement if name == "naive" else place
-    placements = {p: choose(i, bundle.manifest.high) for p, i in indices.items()}
-    collectors = {
-        part: Collector(models[part], (*p.inputs, *p.stored)) for part, p in placements.items()
-    }
-    segmenter = load(bundle.path, threads=1)
-    for at in progress(range(len(pairs.texts))):
-        text, pixels = pairs.inputs(segmenter, at)
-        collectors["text"].add(text)
-        collectors["mask"].add({**segmenter.run_text(**text), "pixels": pixels})
-    parts = {
-        part: _part_plan(bundle, part, indices[part], placements[part], collectors[part], method)
-        for part in models
-    }
-    notes = {part: {"int8_macs": int8_share(indices[part], p.int8)} for part, p in parts.items()}
+    pairs = calibration_pairs(bundle, data, samples, root)
+    seen = _part_inputs(bundle, pairs)
+    parts, notes = {}, {}
+    for part, file in bundle.manifest.canonical.graphs.items():
+        model = onnx.load(bundle.file(file))
+        index = GraphIndex(model)
+        digest = hashlib.sha256(bundle.file(file).read_bytes()).hexdigest()
+        choose = naive_placement if name == "naive" else place
+        placement = choose(index, bundle.manifest.high)
+        collector = Collector(model, (*placement.inputs, *placement.stored))
+        for inputs in progress(seen[part], f"{part}: ranges"):
+            collector.add(inputs)
+        plan = _part_plan(digest, index, placement, collector, method)
+        if spare > 0.0 and name != "naive":
+            some = _stack(seen[part][: _batch(bundle)])
+            label = f"{part}: sensitivity"
+            errors = node_errors(model, plan, some, partial(_labelled, progress, label))
+            placement = place(index, bundle.manifest.high, spared(index, errors, spare))
+            plan = _part_plan(digest, index, placement, collector, method)
+        parts[part] = plan
+        notes[part] = {"int8_macs": round(int8_share(index, plan.int8), 6)}
     return Plan(name, "fp32", parts, Calibration(str(data), method, tuple(pairs.ids)), notes)
+
+
+def _part_inputs(bundle: Bundle, pairs: Pairs) -> dict[str, list[Arrays]]:
+    """What each part takes for each pair, text products included."""
+    segmenter = load(bundle.path, threads=1)
+    seen: dict[str, list[Arrays]] = {"text": [], "mask": []}
+    for at in range(len(pairs.texts)):
+        text, pixels = pairs.inputs(segmenter, at)
+        seen["text"].append(text)
+        seen["mask"].append({**segmenter.run_text(**text), "pixels": pixels})
+    return seen
+
+
+def _batch(bundle: Bundle) -> int:
+    """Samples that sensitivity is measured on: as many pixels as 32 of the tiny model's."""
+    size = bundle.manifest.preprocess
+    return max(1, 32 * 96 * 96 // (size.height * size.width))
+
+
+def _stack(inputs: Sequence[Arrays]) -> Arrays:
+    return {name: np.concatenate([i[name] for i in inputs]) for name in inputs[0]}
 
 
 class Pairs:
     """Calibration pairs: ids, texts, and pictures by number."""
 
-    def __init__(self, split: RefShapes, count: int) -> None:
+    def __init__(self, items: Items, count: int) -> None:
         self.ids: list[str] = []
         self.texts: list[str] = []
-        self._images = []
-        for i in range(count):
-            sample = split[i]
-            # one expression a scene, the families in turn: many scenes teach more than many words
-            expression = sample.expressions[i % len(sample.expressions)]
-            self.ids.append(f"{sample.id}/{i % len(sample.expressions)}")
-            self.texts.append(expression.text)
-            self._images.append(sample.image)
+        self._pixels = []
+        for i in range(min(count, len(items))):
+            item = items[i]
+            # one expression a picture, in turn: many pictures teach more than many words
+            query = item.queries[i % len(item.queries)]
+            self.ids.append(query.id)
+            self.texts.append(query.text)
+            self._pixels.append(item.pixels)
 
     def inputs(
         self, segmenter: Segmenter, at: int
     ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.uint8]]:
         """ids and words, and pixels, each a batch of one."""
         tokens = segmenter.tokenize(self.texts[at])
-        return {"ids": tokens.ids[None], "words": tokens.words[None]}, self._images[at][None]
+        return {"ids": tokens.ids[None], "words": tokens.words[None]}, self._pixels[at][None]
 
 
-def calibration_pairs(bundle: Bundle, data: str | None, samples: int) -> Pairs:
-    """The first samples of a split that no score is computed on."""
+def calibration_pairs(bundle: Bundle, data: str | None, samples: int, root: Path | None) -> Pairs:
+    """The first samples of a set that no score is computed on."""
     if not data:
         raise DataError(
             "calibrate-data",
@@ -130,44 +188,35 @@ def calibration_pairs(bundle: Bundle, data: str | None, samples: int) -> Pairs:
             why="ranges that nobody has seen are guesses",
             fix="--data refshapes:calibration",
         )
-    family, _, split = data.partition(":")
-    if split in EVALUATION:
+    if data.partition(":")[2] in EVALUATION:
         raise DataError(
             "calibrate-split",
             f"{data} is an evaluation split",
             why="scales that were fitted to the test are no proof",
-            fix="--data refshapes:calibration",
+            fix="calibrate on :calibration or :train",
         )
-    difficulty = {"refshapes": "lite", "refshapes-lite": "lite", "refshapes-full": "full"}
-    if family not in difficulty:
+    if samples < 1:
         raise DataError(
-            "data-unknown",
-            f"there is no calibration set called {data!r}",
-            why=f"known are {', '.join(difficulty)}, with :calibration or :train",
-            fix="--data refshapes:calibration",
+            "calibrate-samples",
+            f"{samples} calibration samples were asked for",
+            why="at least one has to be seen; 64 are usual",
+            fix=f"--samples {SAMPLES}",
         )
-    size = bundle.manifest.preprocess.height
-    return Pairs(
-        RefShapes(split, difficulty=difficulty[family], size=size, scenes=samples), samples
-    )
+    manifest = bundle.manifest
+    protocol = protocol_named(manifest.protocol)
+    return Pairs(open_items(data, manifest.preprocess, protocol, root=root, limit=samples), samples)
 
 
 def _part_plan(
-    bundle: Bundle,
-    part: str,
-    index: GraphIndex,
-    placement: Placement,
-    collector: Collector,
-    method: str,
+    digest: str, index: GraphIndex, placement: Placement, collector: Collector, method: str
 ) -> PartPlan:
-    raw = bundle.file(bundle.manifest.canonical.graphs[part]).read_bytes()
-    scales = {name: scale_of(h, method) for name, h in collector.histograms.items()}
+    tensors = (*placement.inputs, *placement.stored)
+    scales = {name: scale_of(collector.histograms[name], method) for name in tensors}
     _unify(scales, placement.same)
     weights = {
         name: WeightScale(axis, weight_scales(index.constant(name), axis))
         for name, axis in placement.weights.items()
     }
-    digest = hashlib.sha256(raw).hexdigest()
     return PartPlan(digest, placement.int8, placement.high, scales, placement.stored, weights)
 
 

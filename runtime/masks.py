@@ -61,14 +61,21 @@ def to_mask(
     logits: npt.NDArray[np.float32], size: tuple[int, int], spec: PostprocessSpec
 ) -> tuple[Bools, float]:
     """Logits [h, w] to a mask at ``size`` (width, height) and its score."""
-    resized = logits
-    if size != logits.shape[::-1]:
-        scaled = Image.fromarray(logits).resize(size, Image.Resampling.BILINEAR)
-        resized = np.asarray(scaled, np.float32)
+    resized = resize_logits(logits, size)
     mask = resized > spec.threshold
     if not mask.any():
         return mask, 0.0
     return mask, float(np.mean(1.0 / (1.0 + np.exp(-resized[mask].astype(np.float64)))))
+
+
+def resize_logits(
+    logits: npt.NDArray[np.float32], size: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """Logits [h, w] at another size (width, height), bilinearly; unchanged at their own."""
+    if size == logits.shape[::-1]:
+        return logits
+    scaled = Image.fromarray(logits).resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(scaled, np.float32)
 
 
 def overlay(image: Image.Image, mask: Bools) -> Image.Image:

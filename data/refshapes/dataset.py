@@ -106,11 +106,14 @@ class RefShapes(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         if not -self._count <= index < self._count:
             raise IndexError(index)
-        index %= self._count
-        name = f"{VERSION}/{self.difficulty.name}/{self.split}/{index}"
+        name = self.name(index % self._count)
         scene, expressions = self._imagine(name)
         picture = render(scene, self.size)
         return Sample(name, picture.image, picture.things, expressions, scene)
+
+    def name(self, index: int) -> str:
+        """The sample's id, which all of it follows from."""
+        return f"{VERSION}/{self.difficulty.name}/{self.split}/{index}"
 
     def _imagine(self, name: str) -> tuple[Scene, tuple[Expression, ...]]:
         """Draw scenes until one carries an expression of every family that was asked for."""
