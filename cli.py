@@ -19,6 +19,7 @@ from . import __version__
 from .errors import RefedgeError, RefedgeWarning
 
 Item = TypeVar("Item")
+_METHODS = ("minmax", "percentile", "entropy", "mse")
 
 
 class _Group(click.Group):
@@ -120,38 +121,144 @@ def run(
             )
 
 
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--plan", default="int8", show_default=True, help="int8, fp16, or naive.")
+@click.option("--data", help="Calibration set, such as refshapes:calibration; int8 needs one.")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of REFER's or own files.")
+@click.option("--method", default="mse", show_default=True, help=f"One of {', '.join(_METHODS)}.")
+@click.option("--samples", type=int, default=64, show_default=True)
+@click.option("--spare", type=float, help="Share of the MACs that may stay in float.")
+@click.option("--dialect", "dialects", multiple=True, default=("ort", "ort-u8u8"))
+def quantize(
+    bundle: Path,
+    plan: str,
+    data: str | None,
+    root: Path | None,
+    method: str,
+    samples: int,
+    spare: float | None,
+    dialects: tuple[str, ...],
+) -> None:
+    """Make a precision plan for BUNDLE and write its dialects into it."""
+    from .calibration.quantize import quantize as run
+
+    made, manifest = run(
+        bundle,
+        plan,
+        data=data,
+        root=root,
+        method=method,
+        samples=samples,
+        spare=spare,
+        dialects=dialects,
+        progress=lambda items, label: _progress(label)(items),
+    )
+    shares = (f"{part} {100 * note['int8_macs']:.1f} %" for part, note in made.notes.items())
+    work = f", conv/linear MACs in int8: {', '.join(shares)}" if made.notes else ""
+    _say(f"{bundle.name} has the plan {made.name} in {', '.join(dialects)}{work}")
+    _say(f"plans: fp32, {', '.join(manifest.plans)}")
+
+
 @main.command("eval")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", default="refshapes:test", show_default=True)
-@click.option("--plan", default="fp32", show_default=True)
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of REFER's or own files.")
+@click.option("--plan", "plans", multiple=True, help="Default: all; fp32 is the reference.")
 @click.option("--protocol", help="Default: the bundle's own.")
-@click.option("--scenes", type=int, help="Only the first so many.")
+@click.option("--limit", "--scenes", type=int, help="Only the first so many scenes or pictures.")
 @click.option("--threads", type=int, help="Threads per operator.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--report", type=click.Path(path_type=Path), help="HTML page to write.")
+@click.option("--bench", type=click.Path(path_type=Path), help="Result of bench, for the page.")
 def evaluate(
     bundle: Path,
     data: str,
-    plan: str,
+    root: Path | None,
+    plans: tuple[str, ...],
     protocol: str | None,
-    scenes: int | None,
+    limit: int | None,
     threads: int | None,
     output: Path | None,
+    report: Path | None,
+    bench: Path | None,
 ) -> None:
-    """Score BUNDLE on a dataset under a named protocol."""
+    """Score the plans of BUNDLE on a dataset under a named protocol."""
+    from .benchmarks.accuracy import changes, open_plans, table
     from .benchmarks.accuracy import evaluate as run
-    from .benchmarks.accuracy import table
+    from .benchmarks.bench import read_bench
+    from .data.items import open_items
+    from .data.protocols import protocol_named
     from .runtime.files import write_json
-    from .runtime.segmenter import load
 
-    segmenter = load(bundle, plan=plan, threads=threads)
-    result = run(
-        segmenter, data, protocol=protocol, scenes=scenes, progress=_progress("evaluating")
-    )
-    header, rows = table(result.families, result.overall)
-    title = f"{bundle.name} {plan} on {data}, {result.scenes} scenes, protocol {result.protocol}"
-    _table(title, header, rows)
+    speed = None if bench is None else read_bench(bench)
+    segmenters = open_plans(bundle, plans, threads)
+    manifest = next(iter(segmenters.values())).manifest
+    rules = protocol_named(protocol or manifest.protocol)
+    items = open_items(data, manifest.preprocess, rules, root=root, limit=limit)
+    result = run(segmenters, items, rules, data, progress=_progress("evaluating"))
+    _table(f"{bundle.name} on {data}, {len(items)} items, protocol {rules.name}", *table(result))
+    header, rows = changes(result)
+    if rows:
+        _table("against fp32", header, rows)
     if output is not None:
         write_json(result.record(), output)
+    if report is not None:
+        from .benchmarks.report import write_report
+
+        write_report(report, result, speed)
+        _say(f"report: {report}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--plan", "plans", multiple=True, help="Default: all plans of the bundle.")
+@click.option("--torch/--no-torch", default=True, help="Run the PyTorch model beside the plans.")
+@click.option("--model", help="What the bundle was exported from; default: as it says itself.")
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads per operator.")
+@click.option("--rounds", type=int, default=30, show_default=True, help="Samples of each.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.")
+def bench(
+    bundle: Path,
+    plans: tuple[str, ...],
+    torch: bool,
+    model: str | None,
+    threads: int,
+    rounds: int,
+    output: Path | None,
+) -> None:
+    """Time the plans of BUNDLE and PyTorch eager, interleaved in one run."""
+    from .benchmarks.bench import bench as run
+    from .benchmarks.bench import table, write_bench
+
+    result = run(
+        bundle,
+        plans=plans or None,
+        torch_model=(model or True) if torch else None,
+        threads=threads,
+        rounds=rounds,
+        progress=_progress("timing"),
+    )
+    for title, header, rows in table(result):
+        _table(title, header, rows)
+    if output is not None:
+        write_bench(result, output)
+
+
+@main.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--slower", type=float, default=5.0, show_default=True, help="Per cent allowed.")
+@click.option("--lower", type=float, default=0.5, show_default=True, help="mIoU points allowed.")
+def compare(before: Path, after: Path, slower: float, lower: float) -> None:
+    """Compare two results of bench or of eval; exit code 1 where AFTER is worse."""
+    from .benchmarks.compare import compare as run
+
+    result = run(before, after, slower=slower / 100.0, lower=lower / 100.0)
+    _table(result.title, result.header, result.rows)
+    for line in result.worse:
+        _say(f"worse: {line}")
+    sys.exit(1 if result.worse else 0)
 
 
 @main.command()

@@ -7,8 +7,9 @@ the scores comes with a paired 95 % interval, scenes being what is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,16 @@ from ..data.protocols import Meter, Protocol, Scores
 from ..errors import DataError
 from ..runtime.masks import resize_logits
 from ..runtime.plan import decode_plan
-from ..runtime.segmenter import Segmenter
+from ..runtime.segmenter import Segmenter, load
 from .device import describe
 
+SCHEMA = "refedge-accuracy-1"
 REFERENCE = "fp32"
+SHOWN = 6  # disagreements that are kept per plan
 FLIP = 0.5
 _NORMAL_95 = 1.959964
+
+Scored = tuple[list[Bools], list[float]]  # masks and their IoUs with the truth
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,12 @@ class Agreement:
 
 @dataclass(frozen=True)
 class PlanAccuracy:
-    """One plan: its scores, and what separates them from fp32's."""
+    """One plan: its scores, and what separates them from fp32's.
+
+    ious:       one per expression, in the order of ``Accuracy.ids``.
+    agreements: the same, against fp32's masks; empty for fp32 itself.
+    artefacts:  SHA-256 of each graph that ran, and of the checkpoint.
+    """
 
     plan: str
     dialect: str
@@ -60,23 +70,61 @@ class PlanAccuracy:
     families: dict[str, Scores]
     ious: tuple[float, ...]
     artefacts: dict[str, str]
+    agreements: tuple[float, ...] = ()
     agreement: Agreement | None = None
     miou_change: Interval | None = None
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Plans of one bundle on one dataset; ``ids`` name the expressions that ``ious`` belong to."""
+class Disagreement:
+    """An expression whose mask a plan has changed much.
 
+    pixels: [h, w, 3] uint8 at the model's size; the masks are bool in the protocol's space.
+    """
+
+    plan: str
+    id: str
+    text: str
+    family: str
+    agreement: float
+    iou_reference: float
+    iou: float
+    pixels: npt.NDArray[np.uint8]
+    truth: Bools
+    reference: Bools
+    mask: Bools
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Plans of one bundle on one dataset.
+
+    bundle: digest of its manifest; ids: the expressions that were scored, in order.
+    worst:  the largest disagreements of each plan, the worst first; not in the JSON record.
+    """
+
+    model: str
+    bundle: str
     data: str
     protocol: str
     scenes: int
+    ids: tuple[str, ...]
     plans: tuple[PlanAccuracy, ...]
-    worst: tuple[str, ...] = ()
+    worst: tuple[Disagreement, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Plain data for JSON, with the machine it was measured on."""
-        return {"schema": "refedge-accuracy-1", **asdict(self), "device": describe()}
+        plain = asdict(replace(self, worst=()))
+        del plain["worst"]
+        return {"schema": SCHEMA, **plain, "device": describe()}
+
+
+def open_plans(path: Path, plans: Sequence[str], threads: int | None) -> dict[str, Segmenter]:
+    """Segmenters by plan, fp32 first: the named plans, or all that the bundle has."""
+    reference = load(path, threads=threads)
+    wanted = plans or tuple(reference.manifest.plans)
+    others = {name: load(path, plan=name, threads=threads) for name in wanted if name != REFERENCE}
+    return {REFERENCE: reference, **others}
 
 
 def evaluate(
@@ -92,18 +140,31 @@ def evaluate(
     Raises DataError ``calibrate-overlap`` where a plan was calibrated on what is scored.
     """
     _refuse_overlap(segmenters, items)
-    tallies = {name: _Tally(protocol) for name in segmenters}
+    tallies = {name: _Tally(name, protocol) for name in segmenters}
+    ids: list[str] = []
     for item in progress(items):
-        reference: list[Bools] | None = None
+        ids += [q.id for q in item.queries]
+        reference: Scored | None = None
         for name, segmenter in segmenters.items():
             masks = predict(segmenter, item, protocol)
-            tallies[name].add(item, masks, reference)
-            reference = masks if name == REFERENCE else reference
+            found = tallies[name].add(item, masks, reference)
+            reference = (masks, found) if name == REFERENCE else reference
     plans = tuple(
         tallies[name].result(name, segmenter, tallies.get(REFERENCE))
         for name, segmenter in segmenters.items()
     )
-    return Accuracy(data, protocol.name, len(items), plans)
+    manifest = next(iter(segmenters.values())).manifest
+    worst = tuple(d for tally in tallies.values() for d in tally.worst)
+    return Accuracy(
+        manifest.model,
+        manifest.digest,
+        data,
+        protocol.name,
+        len(items),
+        tuple(ids),
+        plans,
+        worst,
+    )
 
 
 def predict(segmenter: Segmenter, item: Item, protocol: Protocol) -> list[Bools]:
@@ -131,23 +192,55 @@ def artefacts(segmenter: Segmenter) -> dict[str, str]:
 class _Tally:
     """What one plan did, item by item."""
 
-    def __init__(self, protocol: Protocol) -> None:
+    def __init__(self, plan: str, protocol: Protocol) -> None:
+        self._plan = plan
         self._protocol = protocol
         self._meter = Meter(protocol)
+        self.worst: list[Disagreement] = []
         self._agreement: list[float] = []
         self._scenes: list[list[float]] = []
 
-    def add(self, item: Item, masks: list[Bools], reference: list[Bools] | None) -> None:
-        scene = []
-        for i, (query, mask) in enumerate(zip(item.queries, masks, strict=True)):
+    def add(self, item: Item, masks: list[Bools], reference: Scored | None) -> list[float]:
+        """Score an item's masks; returns their IoUs."""
+        found = []
+        for query, mask in zip(item.queries, masks, strict=True):
             iou = self._meter.add(
                 mask, query.truth, family=query.family, things=item.things, target=query.target
             )
-            if self._counts(query):
-                scene.append(iou)
-            if reference is not None:
-                self._agreement.append(self._agree(mask, reference[i]))
-        self._scenes.append(scene)
+            found.append(iou)
+        self._scenes.append(
+            [i for i, q in zip(found, item.queries, strict=True) if self._counts(q)]
+        )
+        if reference is not None:
+            self._compare(item, masks, found, *reference)
+        return found
+
+    def _compare(
+        self,
+        item: Item,
+        masks: list[Bools],
+        ious: list[float],
+        reference: list[Bools],
+        reference_ious: list[float],
+    ) -> None:
+        for i, query in enumerate(item.queries):
+            agreement = self._agree(masks[i], reference[i])
+            self._agreement.append(agreement)
+            if len(self.worst) < SHOWN or agreement < self.worst[-1].agreement:
+                found = Disagreement(
+                    self._plan,
+                    query.id,
+                    query.text,
+                    query.family,
+                    agreement,
+                    reference_ious[i],
+                    ious[i],
+                    item.pixels,
+                    query.truth,
+                    reference[i],
+                    masks[i],
+                )
+                self.worst = sorted([*self.worst, found], key=lambda d: d.agreement)[:SHOWN]
 
     def result(self, plan: str, segmenter: Segmenter, reference: _Tally | None) -> PlanAccuracy:
         agreement, change = None, None
@@ -165,6 +258,7 @@ class _Tally:
             self._meter.by_family(),
             tuple(round(i, 5) for i in self._meter.ious),
             artefacts(segmenter),
+            tuple(round(a, 5) for a in self._agreement),
             agreement,
             change,
         )
