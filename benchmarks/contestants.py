@@ -1,0 +1,220 @@
+"""Who takes part in a benchmark: a plan of a bundle, or the PyTorch model it was exported from.
+
+All of them get pixels and tokens from the same preprocessing and the bundle's own tokenizer, so
+that what differs is the model's two parts alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BundleError, CheckpointError
+from ..runtime.bundle import Bundle
+from ..runtime.manifest import Manifest
+from ..runtime.segmenter import Segmenter
+from ..runtime.tokenizer import ExpressionTokenizer, Tokens
+
+if TYPE_CHECKING:
+    from ..models.checkpoint import Loaded
+
+TORCH = "torch"
+SEEDED = "none: seeded, untrained weights"
+
+
+class Runner(Protocol):
+    """A model that is ready to run; batch of one."""
+
+    bundle: Bundle
+
+    def tokenize(self, expression: str) -> Tokens:
+        """ids and words of an expression."""
+
+    def text(self, tokens: Tokens) -> Any:
+        """The text part's products, computed anew."""
+
+    def recall(self, tokens: Tokens) -> Any:
+        """The same, kept from the first time that these tokens were asked for."""
+
+    def mask(
+        self, pixels: npt.NDArray[np.uint8], tokens: Tokens, products: Any
+    ) -> npt.NDArray[np.float32]:
+        """Logits [h, w] of pixels [h, w, 3] and the products of ``text``."""
+
+
+class PlanRunner:
+    """A plan, as ``refedge.load`` runs it."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter = segmenter
+        self.bundle = segmenter.bundle
+
+    def tokenize(self, expression: str) -> Tokens:
+        """ids and words of an expression."""
+        return self.segmenter.tokenize(expression)
+
+    def text(self, tokens: Tokens) -> Any:
+        """The text graph, without the cache."""
+        return self.segmenter.run_text(tokens.ids[None], tokens.words[None])
+
+    def recall(self, tokens: Tokens) -> Any:
+        """The text graph's outputs through the segmenter's own cache."""
+        return self.segmenter.text(tokens)[0]
+
+    def mask(
+        self, pixels: npt.NDArray[np.uint8], tokens: Tokens, products: Any
+    ) -> npt.NDArray[np.float32]:
+        """The mask graph."""
+        logits: npt.NDArray[np.float32] = self.segmenter.logits(pixels[None], [products])[0]
+        return logits
+
+
+class TorchRunner:
+    """PyTorch eager in float32, in inference mode."""
+
+    def __init__(self, loaded: Loaded, bundle: Bundle) -> None:
+        import torch
+
+        self.bundle = bundle
+        self._torch = torch
+        self._model = loaded.model.eval()
+        spec = bundle.manifest.tokenizer
+        self._tokenizer = ExpressionTokenizer(bundle.file(spec.file).read_bytes(), spec)
+        self._kept: dict[bytes, Any] = {}
+
+    def tokenize(self, expression: str) -> Tokens:
+        """ids and words of an expression, by the bundle's tokenizer."""
+        return self._tokenizer.encode(expression)
+
+    def text(self, tokens: Tokens) -> Any:
+        """The text products of every block."""
+        torch = self._torch
+        with torch.inference_mode():
+            return self._model.encode_text(
+                torch.from_numpy(tokens.ids[None]), torch.from_numpy(tokens.words[None])
+            )
+
+    def recall(self, tokens: Tokens) -> Any:
+        """The same, kept by the ids, as a segmenter keeps them."""
+        key = tokens.ids.tobytes()
+        if key not in self._kept:
+            self._kept[key] = self.text(tokens)
+        return self._kept[key]
+
+    def mask(
+        self, pixels: npt.NDArray[np.uint8], tokens: Tokens, products: Any
+    ) -> npt.NDArray[np.float32]:
+        """Encoder and decoder."""
+        torch = self._torch
+        with torch.inference_mode():
+            words = torch.from_numpy(tokens.words[None])
+            found = self._model.features(torch.tensor(pixels[None]), words, products)
+            logits: npt.NDArray[np.float32] = self._model.decode(*found)[0].numpy()
+        return logits
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Give torch so many threads per operator, and afterwards what it had."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Original:
+    """The PyTorch model that a bundle was exported from.
+
+    name:       what ``refedge export`` was given.
+    file_bytes: its weights on disk; 0 for a bare configuration, whose weights are seeded.
+    """
+
+    name: str
+    loaded: Loaded
+    file_bytes: int
+
+
+def open_original(manifest: Manifest, name: str | None = None) -> Original:
+    """The model that a bundle was exported from, at the bundle's size.
+
+    name: a checkpoint, a folder or a configuration; None to find it by the bundle's provenance.
+    Raises BundleError ``bench-model`` where provenance does not lead to a model that is here, and
+    CheckpointError ``bench-checkpoint`` where the named model is another one.
+    """
+    from ..data.refshapes.expressions import words
+    from ..models.checkpoint import WEIGHTS, locate, open_model
+
+    name = name or _find(manifest)
+    loaded = open_model(name, words(), size=manifest.preprocess.height)
+    _require_same(manifest, name, loaded)
+    stored = locate(name) / WEIGHTS if loaded.card.sha256 and ":" not in name else None
+    return Original(name, loaded, stored.stat().st_size if stored else 0)
+
+
+def _find(manifest: Manifest) -> str:
+    """A shipped checkpoint of the same hash, or the configuration of seeded weights."""
+    from ..models.checkpoint import CARD, SHIPPED, shipped
+    from ..models.slvit import CONFIGS
+
+    wanted = _checkpoint(manifest)
+    for name in shipped():
+        if json.loads((SHIPPED / name / CARD).read_bytes())["sha256"] == wanted:
+            return name
+    if wanted == "":
+        for name, config in CONFIGS.items():
+            if _plain(config) | {"size": manifest.preprocess.height} == manifest.config:
+                return f"slvit:{name}"
+    raise BundleError(
+        "bench-model",
+        "the PyTorch model that this bundle was exported from is not known",
+        why="its manifest names "
+        + (f"the checkpoint {wanted[:16]}…, which is not shipped" if wanted else "no checkpoint"),
+        fix="give --model what was given to `refedge export`, or time without torch: --no-torch",
+    )
+
+
+def _require_same(manifest: Manifest, name: str, loaded: Loaded) -> None:
+    wanted, found = _checkpoint(manifest), loaded.card.sha256
+    reasons = []
+    if manifest.model != loaded.card.model:
+        reasons.append(f"the bundle is of a {manifest.model}, this is a {loaded.card.model}")
+    if wanted != found:
+        here, there = found[:16] or "seeded", (wanted or "")[:16] or "seeded"
+        reasons.append(f"its weights are {here}, the bundle's {there}")
+    config = _plain(loaded.model.config)
+    if config != manifest.config:
+        keys = sorted(k for k in config if config[k] != manifest.config.get(k))
+        reasons.append(f"they differ in {', '.join(keys)}")
+    if reasons:
+        raise CheckpointError(
+            "bench-checkpoint",
+            f"{name!r} is not what the bundle was exported from",
+            why="; ".join(reasons),
+            fix="give --model what was given to `refedge export`, or time without torch: "
+            "--no-torch",
+        )
+
+
+def _checkpoint(manifest: Manifest) -> str | None:
+    """SHA-256 of the checkpoint; empty for seeded weights; None where the bundle does not say."""
+    said = manifest.provenance.get("checkpoint")
+    if not isinstance(said, str):
+        return None
+    return "" if said.startswith("none") else said
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration as a manifest holds it."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
