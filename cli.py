@@ -127,7 +127,7 @@ def run(
 @click.option("--data", help="Calibration set, such as refshapes:calibration; int8 needs one.")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of REFER's or own files.")
 @click.option("--method", default="mse", show_default=True, help=f"One of {', '.join(_METHODS)}.")
-@click.option("--samples", type=int, default=64, show_default=True)
+@click.option("--samples", type=int, default=256, show_default=True)
 @click.option("--spare", type=float, help="Share of the MACs that may stay in float.")
 @click.option("--dialect", "dialects", multiple=True, default=("ort", "ort-u8u8"))
 def quantize(
@@ -154,7 +154,7 @@ def quantize(
         dialects=dialects,
         progress=lambda items, label: _progress(label)(items),
     )
-    shares = (f"{part} {100 * note['int8_macs']:.1f} %" for part, note in made.notes.items())
+    shares = (f"{part} {100 * s:.1f} %" for part, s in made.notes.get("int8_macs", {}).items())
     work = f", conv/linear MACs in int8: {', '.join(shares)}" if made.notes else ""
     _say(f"{bundle.name} has the plan {made.name} in {', '.join(dialects)}{work}")
     _say(f"plans: fp32, {', '.join(manifest.plans)}")

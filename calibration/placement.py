@@ -118,11 +118,16 @@ def _spread(index: GraphIndex, inputs: dict[str, None]) -> tuple[tuple[str, str]
 def _store_elementwise(
     index: GraphIndex, inputs: dict[str, None], stored: dict[str, None], high: set[str]
 ) -> None:
-    """Sums and products of quantized maps are written as integers, so that chains stay short."""
+    """Sums and products of quantized maps are written as integers where the next one reads them.
+
+    Chains of them, such as the residual path, then stay in integers; what only a float node reads
+    is not rounded for nothing.
+    """
     for node in index.nodes:
         if node.op_type not in ELEMENTWISE or node.name in high:
             continue
-        if all(i in inputs or i in stored for i in node.input):
+        read_on = any(r.op_type in ELEMENTWISE for r in index.readers[node.output[0]])
+        if read_on and all(i in inputs or i in stored for i in node.input):
             stored[node.output[0]] = None
 
 
@@ -137,12 +142,9 @@ def macs(index: GraphIndex, node: onnx.NodeProto) -> int:
     return _product(out) * inner
 
 
-def int8_share(index: GraphIndex, int8: Iterable[str]) -> float:
-    """Share of the multiply-accumulates with constant weights that run in integers."""
-    chosen = set(int8)
-    weighted = [n for n in index.nodes if index.weight_of(n) is not None]
-    total = sum(macs(index, n) for n in weighted)
-    return sum(macs(index, n) for n in weighted if n.name in chosen) / total if total else 0.0
+def weighted_macs(index: GraphIndex) -> dict[str, int]:
+    """Multiply-accumulates of every node with a constant weight, for a batch of one."""
+    return {n.name: macs(index, n) for n in index.nodes if index.weight_of(n) is not None}
 
 
 def _product(sizes: Iterable[int]) -> int:

@@ -22,15 +22,15 @@ from ..runtime.manifest import Manifest
 from ..runtime.plan import Calibration, PartPlan, Plan, WeightScale
 from ..runtime.segmenter import Segmenter, load
 from .naive import naive_placement
-from .placement import Placement, int8_share, is_high, place
+from .placement import Placement, is_high, place, weighted_macs
 from .ranges import METHODS, scale_of, weight_scales
-from .sensitivity import node_errors, spared
+from .sensitivity import Array, Node, node_errors, run_part, spared
 from .statistics import Arrays, Collector
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
-SAMPLES = 64
-SPARE = 0.08
+SAMPLES = 256
+SPARE = 0.1
 EVALUATION = ("val", "test", "testA", "testB")
 
 
@@ -40,7 +40,7 @@ def quantize(
     *,
     data: str | None = None,
     root: Path | None = None,
-    method: str = "minmax",
+    method: str = "mse",
     samples: int = SAMPLES,
     spare: float | None = None,
     dialects: Sequence[str] = ("ort",),
@@ -53,7 +53,7 @@ def quantize(
              ``root``); int8 needs one.
     samples: image-expression pairs to see, spread over all families.
     spare:   share of the multiply-accumulates that may stay in float, where int8 hurts most; None
-             is 0.08 for trained weights and 0 for others, whose masks mean nothing.
+             is 0.1 for trained weights and 0 for others, whose masks mean nothing.
     progress: wraps an iterable with a label.
     """
     bundle = open_bundle(path)
@@ -113,26 +113,76 @@ def calibrated_plan(
     _require_method(method)
     pairs = calibration_pairs(bundle, data, samples, root)
     seen = _part_inputs(bundle, pairs)
-    parts, notes = {}, {}
+    choose = naive_placement if name == "naive" else place
+    high = bundle.manifest.high
+    parts = {}
     for part, file in bundle.manifest.canonical.graphs.items():
-        model = onnx.load(bundle.file(file))
-        index = GraphIndex(model)
-        digest = hashlib.sha256(bundle.file(file).read_bytes()).hexdigest()
-        choose = naive_placement if name == "naive" else place
-        placement = choose(index, bundle.manifest.high)
-        collector = Collector(model, (*placement.inputs, *placement.stored))
+        raw = bundle.file(file).read_bytes()
+        parts[part] = _Part(onnx.load(bundle.file(file)), hashlib.sha256(raw).hexdigest())
+        placement = choose(parts[part].index, high)
+        parts[part].collector = collector = Collector(
+            parts[part].model, (*placement.inputs, *placement.stored)
+        )
         for inputs in progress(seen[part], f"{part}: ranges"):
             collector.add(inputs)
-        plan = _part_plan(digest, index, placement, collector, method)
-        if spare > 0.0 and name != "naive":
-            some = _stack(seen[part][: _batch(bundle)])
-            label = f"{part}: sensitivity"
-            errors = node_errors(model, plan, some, partial(_labelled, progress, label))
-            placement = place(index, bundle.manifest.high, spared(index, errors, spare))
-            plan = _part_plan(digest, index, placement, collector, method)
-        parts[part] = plan
-        notes[part] = {"int8_macs": round(int8_share(index, plan.int8), 6)}
-    return Plan(name, "fp32", parts, Calibration(str(data), method, tuple(pairs.ids)), notes)
+        parts[part].plan = _part_plan(parts[part], placement, method)
+    if spare > 0.0 and name != "naive":
+        some = {part: _stack(seen[part][: _batch(bundle)]) for part in parts}
+        for part, kept in _spared(parts, some, spare, progress).items():
+            placement = place(parts[part].index, high, kept)
+            parts[part].plan = _part_plan(parts[part], placement, method)
+    return Plan(
+        name,
+        "fp32",
+        {part: p.plan for part, p in parts.items()},
+        Calibration(str(data), method, tuple(pairs.ids)),
+        {"int8_macs": _int8_macs(parts)},
+    )
+
+
+class _Part:
+    """A part's graph, and what becomes of it."""
+
+    plan: PartPlan
+    collector: Collector
+
+    def __init__(self, model: onnx.ModelProto, digest: str) -> None:
+        self.model, self.digest = model, digest
+        self.index = GraphIndex(model)
+
+
+def _spared(
+    parts: dict[str, _Part], inputs: dict[str, Arrays], spare: float, progress: Progress
+) -> dict[str, frozenset[str]]:
+    """Nodes of each part that stay in float, the budget being one for all parts."""
+    mask = parts["mask"].model
+
+    def from_text(products: Arrays) -> Array:
+        return run_part(mask, {**inputs["mask"], **products})["logits"]
+
+    def from_mask(outputs: Arrays) -> Array:
+        return outputs["logits"]
+
+    further = {"text": from_text, "mask": from_mask}
+    errors: dict[Node, float] = {}
+    work: dict[Node, int] = {}
+    for name, part in parts.items():
+        label = partial(_labelled, progress, f"{name}: sensitivity")
+        found = node_errors(part.model, part.plan, inputs[name], further[name], label)
+        errors |= {(name, node): error for node, error in found.items()}
+        work |= {(name, node): count for node, count in weighted_macs(part.index).items()}
+    chosen = spared(work, errors, spare)
+    return {name: frozenset(node for part, node in chosen if part == name) for name in parts}
+
+
+def _int8_macs(parts: dict[str, _Part]) -> dict[str, float]:
+    """Share of the multiply-accumulates with constant weights in integers: each part's, and all."""
+    work = {name: weighted_macs(part.index) for name, part in parts.items()}
+    done = {name: sum(work[name][n] for n in part.plan.int8) for name, part in parts.items()}
+    total = {name: sum(counts.values()) for name, counts in work.items()}
+    shares = {name: done[name] / total[name] for name in parts}
+    shares["all"] = sum(done.values()) / sum(total.values())
+    return {name: round(share, 6) for name, share in shares.items()}
 
 
 def _part_inputs(bundle: Bundle, pairs: Pairs) -> dict[str, list[Arrays]]:
@@ -199,7 +249,7 @@ def calibration_pairs(bundle: Bundle, data: str | None, samples: int, root: Path
         raise DataError(
             "calibrate-samples",
             f"{samples} calibration samples were asked for",
-            why="at least one has to be seen; 64 are usual",
+            why="at least one has to be seen; 256 are usual",
             fix=f"--samples {SAMPLES}",
         )
     manifest = bundle.manifest
@@ -207,17 +257,16 @@ def calibration_pairs(bundle: Bundle, data: str | None, samples: int, root: Path
     return Pairs(open_items(data, manifest.preprocess, protocol, root=root, limit=samples), samples)
 
 
-def _part_plan(
-    digest: str, index: GraphIndex, placement: Placement, collector: Collector, method: str
-) -> PartPlan:
+def _part_plan(part: _Part, placement: Placement, method: str) -> PartPlan:
     tensors = (*placement.inputs, *placement.stored)
-    scales = {name: scale_of(collector.histograms[name], method) for name in tensors}
+    histograms = part.collector.histograms
+    scales = {name: scale_of(histograms[name], method) for name in tensors}
     _unify(scales, placement.same)
     weights = {
-        name: WeightScale(axis, weight_scales(index.constant(name), axis))
+        name: WeightScale(axis, weight_scales(part.index.constant(name), axis))
         for name, axis in placement.weights.items()
     }
-    return PartPlan(digest, placement.int8, placement.high, scales, placement.stored, weights)
+    return PartPlan(part.digest, placement.int8, placement.high, scales, placement.stored, weights)
 
 
 def _unify(scales: dict[str, float], same: Iterable[tuple[str, str]]) -> None:

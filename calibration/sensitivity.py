@@ -1,13 +1,16 @@
 """Which nodes int8 hurts most, and which of them are cheap to leave in float.
 
-Every node is quantized alone and the outputs of its part are compared with the float graph's, on
-calibration samples. Errors add up nearly, since each is small; so the nodes with the largest error
-per multiply-accumulate are left in float until a share of the work is spent.
+Every node is quantized alone and the probabilities of the mask are compared with the float graph's,
+on calibration samples: an error counts where it could flip a pixel. Errors add up nearly, since
+each is small; so the nodes with the largest error per multiply-accumulate are left in float until a
+share of the model's work is spent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -18,24 +21,28 @@ import onnxruntime
 from ..export.graph import GraphIndex
 from ..export.qdq import write_qdq
 from ..runtime.plan import PartPlan
-from .placement import macs
 from .statistics import Arrays
 
-Outputs = Sequence[npt.NDArray[np.generic]]
+Node = tuple[str, str]  # part, name
+Array = npt.NDArray[np.generic]
 
 
 def node_errors(
     model: onnx.ModelProto,
     plan: PartPlan,
     inputs: Arrays,
+    logits: Callable[[Arrays], Array],
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, float]:
-    """Mean squared error of a part's outputs over their variance, by the node that is in int8."""
+    """Mean squared error of the mask's probabilities, by the node that alone is in int8.
+
+    logits: what becomes of a part's outputs further on; for the last part, its own output.
+    """
     index = GraphIndex(model)
     nodes = {n.name: n for n in index.nodes}
-    reference = _run(model, inputs)
-    errors = {}
-    for name in progress(plan.int8):
+    reference = _probabilities(logits(run_part(model, inputs)))
+
+    def error(name: str) -> float:
         weight = index.weight_of(nodes[name])
         touched = {*nodes[name].input, *nodes[name].output}
         alone = replace(
@@ -45,26 +52,41 @@ def node_errors(
             stored=tuple(t for t in plan.stored if t in touched),
             weights={w: s for w, s in plan.weights.items() if w == weight},
         )
-        found = _run(write_qdq(model, alone, unsigned=True, stored=True), inputs)
-        errors[name] = _error(reference, found)
-    return errors
+        quantized = write_qdq(model, alone, unsigned=True, stored=True)
+        found = _probabilities(logits(run_part(quantized, inputs)))
+        return float(((found - reference) ** 2).mean())
+
+    # each run has one thread, so the result does not depend on how many go on at once
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = {name: pool.submit(error, name) for name in plan.int8}
+        return {name: waiting[name].result() for name in progress(plan.int8)}
 
 
-def spared(index: GraphIndex, errors: Mapping[str, float], budget: float) -> frozenset[str]:
-    """Nodes to leave in float: most error per multiply-accumulate first, up to a share of all."""
-    nodes = {n.name: n for n in index.nodes}
-    total = sum(macs(index, n) for n in index.nodes if index.weight_of(n) is not None)
-    cost = {name: macs(index, nodes[name]) for name in errors}
-    order = sorted(errors, key=lambda name: (-errors[name] / (cost[name] + 1), name))
-    chosen, spent = set(), 0
+def _probabilities(logits: Array) -> npt.NDArray[np.floating]:
+    clipped = np.clip(logits.astype(np.float32), -30.0, 30.0)
+    return np.asarray(1.0 / (1.0 + np.exp(-clipped)))
+
+
+def spared(
+    work: Mapping[Node, int], errors: Mapping[Node, float], budget: float
+) -> frozenset[Node]:
+    """Nodes to leave in float: most error per multiply-accumulate first, up to a share of all.
+
+    work: multiply-accumulates of every node with a constant weight, of all parts. Those that stay
+    in float anyway, and have no error, are counted in the share.
+    """
+    total = sum(work.values())
+    order = sorted(errors, key=lambda name: (-errors[name] / (work[name] + 1), name))
+    chosen, spent = set(), sum(work[node] for node in work if node not in errors)
     for name in order:
-        if spent + cost[name] <= budget * total:
+        if spent + work[name] <= budget * total:
             chosen.add(name)
-            spent += cost[name]
+            spent += work[name]
     return frozenset(chosen)
 
 
-def _run(model: onnx.ModelProto, inputs: Arrays) -> Outputs:
+def run_part(model: onnx.ModelProto, inputs: Arrays) -> Arrays:
+    """Outputs of a part by name; ``inputs`` may hold more than it takes."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -72,17 +94,5 @@ def _run(model: onnx.ModelProto, inputs: Arrays) -> Outputs:
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     taken = {i.name: inputs[i.name] for i in session.get_inputs()}
-    outputs: Outputs = session.run(None, taken)
-    return outputs
-
-
-def _error(reference: Outputs, found: Outputs) -> float:
-    ratios = [
-        float(((a - b) ** 2).mean() / max(float(a.var()), 1e-12))
-        for a, b in zip(
-            (np.asarray(r, np.float64) for r in reference),
-            (np.asarray(f, np.float64) for f in found),
-            strict=True,
-        )
-    ]
-    return float(np.mean(ratios))
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, taken), strict=True))

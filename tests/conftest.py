@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CALIBRATION = "refshapes:calibration"
 BUNDLES = ROOT / "build" / "test-bundles"
-SOURCES = ("models/**/*.py", "models/**/*.json", "export/*.py", "runtime/manifest.py")
+SOURCES = (
+    "models/**/*.py",
+    "models/**/*.json",
+    "export/*.py",
+    "calibration/*.py",
+    "runtime/manifest.py",
+    "runtime/plan.py",
+)
 
 
 def _key() -> str:
@@ -48,6 +56,26 @@ def exported(name: str, size: int | None = None) -> Path:
 def bundle() -> Path:
     """The shipped tiny SLViT at 96 pixels; never changed."""
     return exported("slvit-tiny")
+
+
+@pytest.fixture(scope="session")
+def quantized(bundle: Path) -> Path:
+    """The same with the plans fp16, int8 and naive, each in all dialects; never changed."""
+    path = bundle.with_name("quantized.refedge")
+    if not path.is_dir():
+        from filelock import FileLock
+        from refedge.calibration.quantize import quantize
+        from refedge.export.dialects import DIALECTS
+
+        with FileLock(bundle.with_name("quantized.lock")):
+            if not path.is_dir():
+                half_done = Path(shutil.copytree(bundle, path.with_name("half-done")))
+                quantize(half_done, "fp16", dialects=DIALECTS)
+                for plan in ("int8", "naive"):
+                    quantize(half_done, plan, data=CALIBRATION, samples=48, spare=0.0,
+                             dialects=DIALECTS)  # fmt: skip
+                half_done.rename(path)
+    return path
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 from refedge.errors import BundleError, RefedgeError
 
 FAMILIES = (
-    "backend|bundle|checkpoint|config|data|export|expression|image|mask|output|plan|protocol"
-    "|threads|train"
+    "backend|bench|bundle|calibrate|checkpoint|config|data|dialect|export|expression|image|mask"
+    "|output|plan|protocol|result|threads|train"
 )
 ROOT = Path(__file__).parent.parent
 
