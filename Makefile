@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: demo test lint types tests py310 clean
+.PHONY: demo methods test lint types tests py310 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/refedge demo
@@ -42,6 +42,15 @@ $(VENV)/.installed: pyproject.toml
 .mypath/refedge:
 	mkdir -p .mypath
 	ln -sfn .. $@
+
+# what each calibration method gives (docs/quantization.md): about ten minutes
+methods: $(VENV)/.installed
+	mkdir -p out/methods
+	$(BIN)/refedge export slvit-tiny -o out/methods/slvit-tiny.refedge
+	for m in minmax percentile entropy mse; do \
+	  $(BIN)/refedge quantize out/methods/slvit-tiny.refedge --data refshapes:calibration --method $$m && \
+	  $(BIN)/refedge eval out/methods/slvit-tiny.refedge --limit 300 -o out/methods/$$m.json || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(VENV)310 .mypath build dist out *.egg-info

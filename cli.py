@@ -303,26 +303,50 @@ def train(
 @main.command()
 @click.argument("model", default="slvit-tiny")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out"))
-@click.option("--scenes", type=int, default=60, show_default=True, help="Scenes of the test split.")
-def demo(model: str, output: Path, scenes: int) -> None:
-    """Export MODEL, check it, paint a gallery, and score it beside torch, into one table."""
-    from .benchmarks.demo import gallery, side_by_side
+@click.option("--scenes", type=int, default=40, show_default=True, help="Scenes of the test split.")
+@click.option("--rounds", type=int, default=20, show_default=True, help="Timings of each plan.")
+def demo(model: str, output: Path, scenes: int, rounds: int) -> None:
+    """Export MODEL, quantize it, time and score every plan beside torch, and write a report."""
+    from .benchmarks.accuracy import evaluate as run_eval
+    from .benchmarks.accuracy import open_plans
+    from .benchmarks.bench import bench as run_bench
+    from .benchmarks.bench import write_bench
+    from .benchmarks.contestants import open_original
+    from .benchmarks.demo import gallery, summary, torch_scores
+    from .benchmarks.report import write_report
+    from .calibration.quantize import quantize as run_quantize
+    from .data.items import open_items
+    from .data.protocols import protocol_named
     from .data.refshapes.expressions import words
     from .export.export import export as run_export
     from .models.checkpoint import open_model
     from .runtime.files import write_json
-    from .runtime.segmenter import load
 
-    loaded = open_model(model, words())
     bundle = output / f"{model}.refedge"
-    manifest = run_export(loaded, bundle, say=_say)
+    manifest = run_export(open_model(model, words()), bundle, say=_say)
     worst = max(r["end_to_end"]["sigma"] for r in manifest.parity["runs"].values())
     _say(f"parity: logits differ from torch's by at most {worst:.1e} σ")
-    segmenter = load(bundle, threads=1)
-    _say(f"gallery: {gallery(segmenter, output / 'gallery.png')}")
-    result = side_by_side(loaded.model, segmenter, scenes, _progress("scoring"))
+    for plan in ("fp16", "int8", "naive"):
+        _say(f"quantizing: {plan}")
+        data = None if plan == "fp16" else "refshapes:calibration"
+        run_quantize(bundle, plan, data=data, progress=lambda i, label: _progress(label)(i))
+    _say("timing")
+    speed = run_bench(bundle, rounds=rounds, progress=_progress("timing"))
+    write_bench(speed, output / "bench.json")
+    _say("scoring")
+    segmenters = open_plans(bundle, (), None)
+    rules = protocol_named(manifest.protocol)
+    items = open_items("refshapes:test", manifest.preprocess, rules, limit=scenes)
+    scores = run_eval(segmenters, items, rules, "refshapes:test", progress=_progress("scoring"))
+    write_json(scores.record(), output / "eval.json")
+    write_report(output / "report.html", scores, speed)
+    reference = segmenters["fp32"]
+    torch = torch_scores(open_original(manifest), reference, items, rules, _progress("torch"))
+    gallery(reference, output / "gallery.png")
+    result = summary(scores, speed, torch)
     write_json(result.record(), output / "demo.json")
     _table(result.title, result.header, result.rows)
+    _say(f"report: {output / 'report.html'}, gallery: {output / 'gallery.png'}")
 
 
 def _say(message: str) -> None:

@@ -1,33 +1,37 @@
-"""What ``refedge demo`` shows: a gallery, and the bundle beside torch in one run."""
+"""What ``refedge demo`` shows: a gallery, and one table of torch and every plan."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.protocols import Meter, protocol_named
-from ..data.refshapes.dataset import RefShapes, Sample
-from ..models.slvit import SLViT
+from ..data.items import Item, Items
+from ..data.protocols import Meter, Protocol, Scores
+from ..data.refshapes.dataset import RefShapes
 from ..runtime.files import write_png
 from ..runtime.segmenter import Segmenter
-from .accuracy import artefacts
-from .device import describe
-
-Pixels: TypeAlias = npt.NDArray[np.uint8]
-Ids: TypeAlias = npt.NDArray[np.int32]
-Bools: TypeAlias = npt.NDArray[np.bool_]
+from .accuracy import Accuracy
+from .bench import Bench
+from .contestants import TORCH, Original, TorchRunner, torch_threads
+from .timing import CACHED, UNCACHED
 
 _TILE = 192
-_WARM_UP = 3
+HEADER = (
+    "",
+    "mIoU",
+    "agreement",
+    "worst 5 %",
+    "new ms",
+    "cached ms",
+    "vs torch",
+    "file MB",
+    "peak MB",
+)
 
 
 def gallery(segmenter: Segmenter, path: Path, scenes: int = 4) -> Path:
@@ -55,121 +59,74 @@ def gallery(segmenter: Segmenter, path: Path, scenes: int = 4) -> Path:
 
 
 @dataclass(frozen=True)
-class SideBySide:
-    """What torch and the bundle did on the same samples; a row each."""
+class Demo:
+    """One table, and what it was made from."""
 
     title: str
     header: tuple[str, ...]
     rows: list[list[str]]
-    artefacts: dict[str, str]
+    artefacts: dict[str, dict[str, str]]
+    device: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """Plain data for JSON, with the machine it was measured on."""
-        return asdict(self) | {"device": describe()}
+        """Plain data for JSON."""
+        return asdict(self)
 
 
-def side_by_side(
-    model: SLViT,
+def torch_scores(
+    original: Original,
     segmenter: Segmenter,
-    scenes: int,
-    progress: Callable[[Iterable[Sample]], Iterable[Sample]],
-) -> SideBySide:
-    """Score and time torch eager and the bundle on the same samples, turn by turn.
-
-    Every expression is a batch of one and no cache is used, as for a stream of new requests.
-    torch runs on one thread; load the segmenter with one as well.
-    """
-    samples = RefShapes("test", size=segmenter.manifest.preprocess.height, scenes=scenes)
-    rules = protocol_named("refshapes")
-    runs = {
-        "torch eager fp32": _torch_run(model),
-        f"onnxruntime {segmenter.plan}": _bundle_run(segmenter),
-    }
-    meters = {name: Meter(rules) for name in runs}
-    count = 0
-    for i, sample in enumerate(progress(samples)):
-        count += len(sample.expressions)
-        for expression in sample.expressions:
-            tokens = segmenter.tokenize(expression.text)
-            for name, run in runs.items():
-                logits = run(sample.image[None], tokens.ids[None], tokens.words[None])
-                meters[name].add(
-                    logits[0] > 0,
-                    sample.mask(expression),
-                    family=expression.family,
-                    things=sample.things,
+    items: Items,
+    protocol: Protocol,
+    progress: Callable[[Iterable[Item]], Iterable[Item]] = iter,
+) -> Scores:
+    """Scores of PyTorch eager on the same items; pixels and tokens are the segmenter's."""
+    meter = Meter(protocol)
+    runner = TorchRunner(original.loaded, segmenter.bundle)
+    with torch_threads(1):
+        for item in progress(items):
+            for query in item.queries:
+                tokens = runner.tokenize(query.text)
+                logits = runner.mask(item.pixels, tokens, runner.text(tokens))
+                meter.add(
+                    protocol.predicted(logits),
+                    query.truth,
+                    family=query.family,
+                    things=item.things,
+                    target=query.target,
                 )
-        if i == _WARM_UP:
-            for run in runs.values():
-                run.text_ms.clear()
-                run.mask_ms.clear()
-    shown = [f for f in samples.families if f != "none"]
-    header = ("", "text p50 ms", "mask p50 ms", "mIoU", *shown, "object", "N-acc")
-    rows = [
-        [
-            name,
-            f"{_p50(run.text_ms):.2f}",
-            f"{_p50(run.mask_ms):.2f}",
-            *_scores(meters[name], shown),
-        ]
-        for name, run in runs.items()
-    ]
-    title = f"refshapes:test, {scenes} scenes, {count} expressions, batch 1"
-    return SideBySide(title, header, rows, artefacts(segmenter))
+    return meter.scores()
 
 
-class _Run:
-    """Text part, then mask part, each timed."""
-
-    def __init__(
-        self,
-        text: Callable[[Ids, Bools], Any],
-        mask: Callable[[Pixels, Bools, Any], npt.NDArray[np.float32]],
-    ) -> None:
-        self._text, self._mask = text, mask
-        self.text_ms: list[float] = []
-        self.mask_ms: list[float] = []
-
-    def __call__(self, pixels: Pixels, ids: Ids, words: Bools) -> npt.NDArray[np.float32]:
-        started = time.perf_counter()
-        products = self._text(ids, words)
-        middle = time.perf_counter()
-        logits = self._mask(pixels, words, products)
-        self.text_ms.append((middle - started) * 1e3)
-        self.mask_ms.append((time.perf_counter() - middle) * 1e3)
-        return logits
-
-
-def _torch_run(model: SLViT) -> _Run:
-    torch.set_num_threads(1)
-    model.eval()
-
-    @torch.inference_mode()
-    def text(ids: Ids, words: Bools) -> Any:
-        return model.encode_text(torch.from_numpy(ids), torch.from_numpy(words))
-
-    @torch.inference_mode()
-    def mask(pixels: Pixels, words: Bools, products: Any) -> npt.NDArray[np.float32]:
-        found = model.features(torch.from_numpy(pixels), torch.from_numpy(words), products)
-        logits: npt.NDArray[np.float32] = model.decode(*found).numpy()
-        return logits
-
-    return _Run(text, mask)
-
-
-def _bundle_run(segmenter: Segmenter) -> _Run:
-    return _Run(segmenter.run_text, lambda pixels, _, text: segmenter.logits(pixels, [text]))
-
-
-def _scores(meter: Meter, families: Sequence[str]) -> list[str]:
-    overall, each = meter.scores(), meter.by_family()
-    values = [overall.miou, *(each[f].miou for f in families)]
-    values += [overall.object_accuracy, overall.n_acc]
-    return ["-" if v is None else f"{v:.3f}" for v in values]
-
-
-def _p50(values: list[float]) -> float:
-    return statistics.median(values)
+def summary(accuracy: Accuracy, bench: Bench, torch: Scores) -> Demo:
+    """The table: a row for torch and each plan, accuracy and speed of the same artefacts."""
+    plans = {p.plan: p for p in accuracy.plans}
+    base = next(c for c in bench.contestants if c.name == TORCH).end_to_end[UNCACHED].p50
+    rows, artefacts = [], {}
+    for contestant in bench.contestants:
+        plan = plans.get(contestant.name)
+        scores = torch if plan is None else plan.overall
+        agreement = None if plan is None else plan.agreement
+        new = contestant.end_to_end[UNCACHED].p50
+        artefacts[contestant.name] = contestant.artefacts
+        rows.append(
+            [
+                "torch fp32" if plan is None else contestant.name,
+                f"{scores.miou:.3f}",
+                "-" if agreement is None else f"{agreement.mean:.3f}",
+                "-" if agreement is None else f"{agreement.worst5:.3f}",
+                f"{new:.1f}",
+                f"{contestant.end_to_end[CACHED].p50:.1f}",
+                f"{base / new:.2f}",
+                f"{contestant.file_bytes / 1e6:.2f}",
+                f"{contestant.peak_rss / 1e6:.0f}",
+            ]
+        )
+    title = (
+        f"{accuracy.data}, {accuracy.scenes} scenes, {len(accuracy.ids)} expressions; "
+        f"p50 of {bench.settings['rounds']} rounds, batch 1, {bench.settings['threads']} thread"
+    )
+    return Demo(title, HEADER, rows, artefacts, bench.device)
 
 
 def _cut(text: str, limit: int = 36) -> str:
