@@ -31,7 +31,7 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 SAMPLES = 256
 SPARE = 0.1
-EVALUATION = ("val", "test", "testA", "testB")
+EVALUATION = ("val", "test", "testA", "testB", "testC", "testAB")
 
 
 def quantize(

@@ -16,6 +16,7 @@ from .statistics import BINS, Histogram
 LEVELS = 127
 PERCENTILE = 99.99
 _SMALLEST = 2.0**-14  # the smallest normal float16
+_LARGEST = 65504.0  # the largest
 
 
 def minmax(histogram: Histogram) -> float:
@@ -73,9 +74,10 @@ def step(threshold: float) -> float:
     """``threshold / 127``, rounded up to a float16.
 
     Dialects in float16 hold their scales in float16; with such steps every dialect of a plan has
-    the very same ones. Rounding up never clips what the threshold did not.
+    the very same ones. Rounding up never clips what the threshold did not; only what float16 has no
+    step for, thresholds above 8 million, is clipped.
     """
-    wanted = max(threshold / LEVELS, _SMALLEST)
+    wanted = min(max(threshold / LEVELS, _SMALLEST), _LARGEST)
     half = np.float16(wanted)
     if float(half) < wanted:
         half = np.nextafter(half, np.float16(np.inf))

@@ -48,7 +48,9 @@ class Histogram:
         if self.limit == 0.0:
             self.counts[0] += magnitudes.size
             return
-        bins = np.minimum((magnitudes * (BINS / self.limit)).astype(np.int64), BINS - 1)
+        # in float64, because float32 cannot hold 2048 over a very small limit
+        per_unit = np.float64(BINS / self.limit)
+        bins = np.minimum((magnitudes * per_unit).astype(np.int64), BINS - 1)
         self.counts += np.bincount(bins, minlength=BINS)
 
 

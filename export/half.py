@@ -15,7 +15,6 @@ from .graph import GraphIndex
 _LARGEST = 65504.0
 # operators whose float inputs are not data: sizes and regions of interest stay float32
 _FLOAT_SETTINGS = {"Resize": (1, 2)}
-_NO_FLOAT_OUTPUT = ("TopK",)
 
 
 def store_half(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -83,7 +83,7 @@ def decode_plan(raw: bytes) -> Plan:
     """Parse and validate; raises BundleError ``plan-damaged``."""
     try:
         plan = msgspec.json.decode(raw, type=Plan)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(str(error)) from error
     if plan.schema != SCHEMA or plan.rest not in PRECISIONS:
         raise _damaged(f"schema {plan.schema}, rest {plan.rest!r}")

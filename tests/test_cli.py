@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,9 +75,59 @@ def test_eval_prints_and_writes(bundle: Path, tmp_path: Path) -> None:
         assert family in result.output
     record = json.loads(output.read_text())
     assert record["protocol"] == "refshapes"
-    assert record["overall"]["count"] == 16
-    assert record["overall"]["n_acc"] is not None
-    assert len(record["artefacts"]["mask"]) == 64
+    (plan,) = record["plans"]
+    assert plan["overall"]["count"] == 16
+    assert plan["overall"]["n_acc"] is not None
+    assert len(plan["artefacts"]["mask"]) == 64
+
+
+def test_quantize_eval_report(own_bundle: Path, tmp_path: Path) -> None:
+    made = refedge(
+        "quantize", own_bundle, "--data", "refshapes:calibration", "--samples", 4, "--spare", 0
+    )
+    assert made.exit_code == 0, made.output
+    assert "in int8" in made.output
+    scores, page = tmp_path / "scores.json", tmp_path / "report.html"
+    result = refedge("eval", own_bundle, "--limit", 3, "-o", scores, "--report", page)
+    assert result.exit_code == 0, result.output
+    assert "against fp32" in result.output
+    assert [p["plan"] for p in json.loads(scores.read_text())["plans"]] == ["fp32", "int8"]
+    assert "int8" in page.read_text()
+    same = refedge("compare", scores, scores)
+    assert same.exit_code == 0, same.output
+
+
+def test_what_quantize_refuses(bundle: Path) -> None:
+    refused(refedge("quantize", bundle), "calibrate-data")
+    calibrated = ("quantize", bundle, "--data", "refshapes:calibration")
+    refused(refedge(*calibrated, "--samples", 0), "calibrate-samples")
+    refused(refedge(*calibrated, "--method", "luck"), "calibrate-method")
+    refused(refedge(*calibrated, "--spare", 1.5), "calibrate-spare")
+    refused(refedge(*calibrated, "--dialect", "ptx"), "dialect-unknown")
+    refused(refedge("quantize", bundle, "--data", "refshapes:test"), "calibrate-split")
+    refused(refedge("quantize", bundle, "--data", "refcoco:train"), "data-root")
+
+
+def test_a_damaged_plan(quantized: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(quantized, tmp_path / "copy.refedge"))
+    plan = copy / "plans" / "int8.json"
+    plan.write_bytes(plan.read_bytes()[:-20])
+    refused(refedge("eval", copy, "--limit", 1), "bundle-damaged")
+
+
+def test_a_malicious_pickle(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "refcoco"
+    folder.mkdir()
+    (folder / "refs(unc).p").write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    (folder / "instances.json").write_text("{}")
+    refused(refedge("eval", bundle, "--data", "refcoco:val", "--root", tmp_path), "data-pickle")
+
+
+def test_results_that_are_cut_short(bundle: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "bench.json"
+    cut.write_text('{"schema": "refedge-bench-1", "model"')
+    refused(refedge("compare", cut, cut), "result-damaged")
+    refused(refedge("eval", bundle, "--limit", 1, "--bench", cut), "result-damaged")
 
 
 @pytest.mark.parametrize(
