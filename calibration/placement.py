@@ -95,7 +95,10 @@ def channel_axis(index: GraphIndex, node: onnx.NodeProto, weight: str) -> int:
 
 
 def _spread(index: GraphIndex, inputs: dict[str, None]) -> tuple[tuple[str, str], ...]:
-    """Quantize what a mover reads wherever what it writes is quantized; Concat reads several."""
+    """Quantize what a mover reads wherever what it writes is quantized; Concat reads several.
+
+    A constant that a Concat reads has no maker whose output a pair could follow; it stays in float.
+    """
     same = []
     pending = list(inputs)
     while pending:
@@ -105,7 +108,7 @@ def _spread(index: GraphIndex, inputs: dict[str, None]) -> tuple[tuple[str, str]
             continue
         moved = list(maker.input[:1]) if maker.op_type in MOVERS else list(maker.input)
         for source in moved:
-            if not index.is_float(source):
+            if source in index.tensors or not index.is_float(source):
                 continue
             if maker.op_type in MOVERS:
                 same.append((source, name))

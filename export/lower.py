@@ -90,14 +90,24 @@ def _lowered(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto:
                 raise _refused(node, f"{a.name} of {node.op_type}")
         elif not (node.op_type == "Split" and a.name == "num_outputs"):
             kept.append(a)
+    if node.op_type == "Split" and len(node.input) == 1 and not _even(index, node):
+        raise _refused(node, "Split into parts that are not known to be equal")
     copies = [onnx.AttributeProto.FromString(a.SerializeToString()) for a in kept]
     del node.attribute[:]
     node.attribute.extend(copies)
     if node.op_type in _AXES_AS_ATTRIBUTE and len(node.input) > 1:
+        if node.input[1] not in index.tensors:
+            raise _refused(node, f"{node.op_type} with computed axes")
         axes = index.constant(node.input[1]).tolist()
         node.attribute.append(helper.make_attribute("axes", axes))
         del node.input[1:]
     return node
+
+
+def _even(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether a Split without sizes makes equal parts; the last may be smaller since opset 18."""
+    shapes = {index.shape(name) for name in node.output}
+    return len(shapes) == 1 and None not in shapes
 
 
 def _require(node: onnx.NodeProto) -> None:
