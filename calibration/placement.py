@@ -2,7 +2,7 @@
 
 - the activation and the weight of every Conv, Gemm and MatMul that has a constant weight;
 - one pair per tensor, shared by all its readers;
-- weights per output channel, activations per tensor, symmetric, biases not at all;
+- weights per output channel (one scale where kernels take no more), activations per tensor, symmetric, biases not at all;
 - through nodes that only move or blend values, so that the move is in integers;
 - the outputs of integer convolutions, and of additions and products of quantized maps, are
   ``stored``: ONNX Runtime's integer kernels have to write integers; TensorRT does better without
@@ -84,14 +84,18 @@ def is_high(node: onnx.NodeProto, modules: tuple[str, ...]) -> bool:
     return inside or node.op_type in HIGH
 
 
-def channel_axis(index: GraphIndex, node: onnx.NodeProto, weight: str) -> int:
-    """The axis of a weight's output channels."""
+def channel_axis(index: GraphIndex, node: onnx.NodeProto, weight: str) -> int | None:
+    """The axis of a weight's output channels, or None where it gets one scale in all.
+
+    ONNX Runtime's fused products refuse, at run time, scales per channel of a left factor or of a
+    factor of more than two axes.
+    """
     if node.op_type == "Conv":
         return 0
     if node.op_type == "Gemm":
         return 0 if attribute(node, "transB", 0) else 1
-    rank = len(index.tensors[weight].dims)
-    return rank - 1 if node.input[1] == weight else rank - 2
+    plain = node.input[1] == weight and len(index.tensors[weight].dims) == 2
+    return 1 if plain else None
 
 
 def _spread(index: GraphIndex, inputs: dict[str, None]) -> tuple[tuple[str, str], ...]:
