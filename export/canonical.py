@@ -16,6 +16,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from ..errors import ExportError
+from .fold import fold_affine
 
 OPSET = 20
 IR_VERSION = 10
@@ -31,6 +32,7 @@ def canonical(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     fold_constants(model)
     _name_modules(model)
     _rename(model)
+    fold_affine(model)
     _strip(model, name)
     model.ir_version = IR_VERSION
     versions = {o.domain: o.version for o in model.opset_import}
