@@ -64,6 +64,7 @@ def _distribute(index: GraphIndex, node: onnx.NodeProto) -> bool:
     for term in total.input:
         output = f"{term}/scaled_by/{scale}"
         parts.append(_like(node, "Mul", [term, scale], [output], f"{output}/Mul"))
+        _copy_type(index, term, output)
     total_scaled = _like(total, "Add", [p.output[0] for p in parts], node.output, total.name)
     _replace(index, node, [*parts, total_scaled])
     _replace(index, total, [])
