@@ -133,7 +133,7 @@ def _store_elementwise(
     for node in index.nodes:
         if node.op_type not in ELEMENTWISE or node.name in high:
             continue
-        read_on = any(r.op_type in ELEMENTWISE for r in index.readers[node.output[0]])
+        read_on = any(r.op_type in (*ELEMENTWISE, "Relu") for r in index.readers[node.output[0]])
         if read_on and all(i in inputs or i in stored for i in node.input):
             stored[node.output[0]] = None
 

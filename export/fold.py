@@ -3,7 +3,7 @@
 Batch normalization in evaluation and layer scale multiply and shift each channel by constants. A
 convolution before them takes both, a 1x1 convolution behind them takes both too; where a shortcut
 leads around, ``x + s * (f(x) + norm(x))`` becomes ``s * f(x) + d(x)``, with one affine map d. In
-float64, then rounded once.
+float64, then rounded once. Maps that are flattened and transposed are transposed first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ class Affine:
 
 def fold_affine(model: onnx.ModelProto) -> onnx.ModelProto:
     """Apply all rules until none fits any more; changes the model in place."""
-    rules = (_distribute, _scale_convolution, _scale_norm, _merge_shortcut, _norm_into_convolutions)
+    rules = (
+        _distribute,
+        _scale_convolution,
+        _scale_norm,
+        _merge_shortcut,
+        _norm_into_convolutions,
+        _pixels_first,
+    )
     while any(_apply(rule, model) for rule in rules):
         pass
     used = {name for node in model.graph.node for name in node.input}
@@ -154,6 +161,37 @@ def _norm_into_convolutions(index: GraphIndex, node: onnx.NodeProto) -> bool:
         _set(index, conv.input[2], _doubles(index, conv.input[2]) + shift)
         conv.input[0] = node.input[0]
     _replace(index, node, [])
+    return True
+
+
+def _pixels_first(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """[B, C, H, W] flattened and then transposed, to transposed and then flattened.
+
+    The same values; where the map is kept channels last, as integer convolutions do, nothing is
+    left to move, and a product with the result needs no transposition of its own.
+    """
+    flat = index.maker.get(node.input[0]) if node.op_type == "Transpose" else None
+    if flat is None or flat.op_type != "Reshape" or attribute(node, "perm") != [0, 2, 1]:
+        return False
+    source, before = index.shape(flat.input[0]), index.shape(node.input[0])
+    if source is None or before is None or len(source) != 4:
+        return False
+    channels, pixels = source[1], source[2] * source[3]
+    if before[1:] != (channels, pixels):
+        return False
+    made = f"{flat.input[0]}/pixels"
+    last, shape = f"{made}/channels_last", f"{made}/shape"
+    sizes = np.array([-1, pixels, channels], np.int64)
+    index.model.graph.initializer.append(numpy_helper.from_array(sizes, shape))
+    transpose = _like(node, "Transpose", [flat.input[0]], [last], f"{node.name}/channels_last")
+    transpose.attribute.append(helper.make_attribute("perm", [0, 2, 3, 1]))
+    reshape = _like(node, "Reshape", [last, shape], [made], f"{node.name}/pixels")
+    for reader in index.readers[node.output[0]]:
+        reader.input[:] = [made if i == node.output[0] else i for i in reader.input]
+    for value in index.model.graph.value_info:
+        if value.name == node.output[0]:
+            value.name = made
+    _replace(index, node, [transpose, reshape])
     return True
 
 

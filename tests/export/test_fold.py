@@ -116,3 +116,18 @@ def test_padding_is_not_shifted(padding: int) -> None:
     fold_affine(model)
     assert kinds(model)["BatchNormalization"] == padding
     np.testing.assert_allclose(outputs(model, x), found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_flattened_map_is_transposed_before() -> None:
+    class Pixels(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x).flatten(2).transpose(1, 2) @ torch.ones(3, 2)
+
+    x = torch.randn(2, 3, 4, 5)
+    model = graph_of(Pixels(), x)
+    found = outputs(model, x)
+    fold_affine(model)
+    onnx.checker.check_model(model)
+    order = [n.op_type for n in model.graph.node]
+    assert order.index("Transpose") < order.index("Reshape")
+    np.testing.assert_array_equal(outputs(model, x), found)
