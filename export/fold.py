@@ -191,7 +191,10 @@ def _pixels_first(index: GraphIndex, node: onnx.NodeProto) -> bool:
     for value in index.model.graph.value_info:
         if value.name == node.output[0]:
             value.name = made
+    _copy_type(index, flat.input[0], last, (0, 2, 3, 1))
     _replace(index, node, [transpose, reshape])
+    if _only(index, flat.output[0]):
+        _replace(index, flat, [])
     return True
 
 
@@ -249,13 +252,19 @@ def _add(index: GraphIndex, name: str, value: Doubles) -> None:
     index.model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
 
 
-def _copy_type(index: GraphIndex, source: str, name: str) -> None:
-    """The new tensor has the shape and type of another."""
+def _copy_type(
+    index: GraphIndex, source: str, name: str, order: tuple[int, ...] | None = None
+) -> None:
+    """The new tensor has the shape and type of another, perhaps with its axes in another order."""
     for value in index.model.graph.value_info:
         if value.name == source:
             copy = index.model.graph.value_info.add()
             copy.CopyFrom(value)
             copy.name = name
+            if order is not None:
+                dims = value.type.tensor_type.shape.dim
+                del copy.type.tensor_type.shape.dim[:]
+                copy.type.tensor_type.shape.dim.extend(dims[axis] for axis in order)
             return
 
 

@@ -28,6 +28,7 @@ KNOWN = {
     "laplace": RNG.laplace(size=COUNT),
     "relu": np.maximum(RNG.normal(size=COUNT), 0),
     "outliers": np.concatenate((RNG.normal(size=COUNT - 2), [60.0, -55.0])),
+    "heavy tail": RNG.standard_t(5, COUNT),
     "constant": np.full(997, 2.5),
 }
 some = st.lists(
@@ -81,6 +82,13 @@ def test_mse_cuts_a_bell_and_keeps_a_box() -> None:
     """Known from quantizing them: 8-bit normals are best cut near 4 σ, a box at its edge."""
     assert 3.5 <= mse(histogram(KNOWN["normal"])) <= 4.5
     assert mse(histogram(KNOWN["uniform"])) == pytest.approx(3.0, rel=0.02)
+
+
+def test_mse_meets_an_outlier_half_way() -> None:
+    """(t - c)² / n of clipping and (c / 127)² / 12 of rounding are least at c = t / 2, since n =
+    199,999 is nearly 12 x 127²."""
+    values = np.append(RNG.normal(size=COUNT - 1), 12.0)
+    assert mse(histogram(values)) == pytest.approx(6.0, rel=0.1)
 
 
 @pytest.mark.parametrize("method", [entropy, percentile])

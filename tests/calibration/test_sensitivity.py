@@ -54,6 +54,8 @@ def test_the_most_error_for_the_least_work_comes_first() -> None:
     work = {("mask", "large"): 900, ("mask", "small"): 50, ("text", "harmless"): 50}
     errors = {("mask", "large"): 1.0, ("mask", "small"): 0.9, ("text", "harmless"): 0.0}
     assert spared(work, errors, 0.05) == {("mask", "small")}
+    # taken by error alone, the large one would leave no room for the others
+    assert spared(work, errors, 0.9) == {("mask", "small"), ("text", "harmless")}
     # work of nodes that are high anyway takes its part of the budget
     assert spared({**work, ("mask", "high"): 50}, errors, 0.05) == frozenset()
     assert spared(work, errors, 0.0) == frozenset()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from refedge.export.graph import GraphIndex
 from refedge.export.lint import lint
 from refedge.runtime.bundle import open_bundle
 from refedge.runtime.segmenter import load
@@ -17,7 +18,7 @@ from ..conftest import exported
 
 def graphs(bundle: Path) -> dict[str, onnx.ModelProto]:
     canonical = open_bundle(bundle).manifest.canonical
-    return {name: onnx.load(bundle / file) for name, file in canonical.items()}
+    return {name: onnx.load(bundle / file) for name, file in canonical.graphs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,14 @@ def test_borders(models: dict[str, onnx.ModelProto]) -> None:
     assert border(list(models["mask"].graph.output)) == {"logits": ("FLOAT", ("batch", 96, 96))}
 
 
+def test_every_tensor_has_a_shape(models: dict[str, onnx.ModelProto]) -> None:
+    """Placement, work and float16 ask for it; a tensor without one would be left out silently."""
+    for model in models.values():
+        index = GraphIndex(model)
+        unknown = [o for n in index.nodes for o in n.output if o and index.shape(o) is None]
+        assert unknown == []
+
+
 def test_nodes_name_their_module(models: dict[str, onnx.ModelProto]) -> None:
     for model in models.values():
         for node in model.graph.node:
@@ -131,7 +140,7 @@ def test_nothing_of_this_machine_is_in_the_files(bundle: Path) -> None:
 
 def test_dialects_and_canonical_share_one_weight_file(bundle: Path) -> None:
     manifest = open_bundle(bundle).manifest
-    for part, file in manifest.canonical.items():
+    for part, file in manifest.canonical.graphs.items():
         places = set()
         for graph in (file, manifest.dialects[0].graphs[part]):
             model = onnx.load(bundle / graph, load_external_data=False)
@@ -143,5 +152,5 @@ def test_dialects_and_canonical_share_one_weight_file(bundle: Path) -> None:
 
 def test_onnx_reads_the_files_back(bundle: Path) -> None:
     """onnx itself can read the files back, weights and all."""
-    for file in open_bundle(bundle).manifest.canonical.values():
+    for file in open_bundle(bundle).manifest.canonical.graphs.values():
         onnx.checker.check_model(str(bundle / file), full_check=True)

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from refedge.errors import BundleError, ExportError
 from refedge.export.bundle import BundleWriter
 from refedge.export.canonical import canonical, fold_constants
-from refedge.export.dialects import ort_fp32
+from refedge.export.dialects import mark
 from refedge.export.from_torch import to_onnx
 from refedge.export.lint import lint, require_clean
 from refedge.export.parity import compare
@@ -181,7 +181,7 @@ def test_equal_weights_have_equal_names() -> None:
 
 def test_a_dialect_is_a_copy() -> None:
     model = graph([helper.make_node("Relu", ["x"], ["y"])])
-    copy = ort_fp32(model)
+    copy = mark(model, "ort", "fp32")
     copy.graph.node[0].op_type = "Tanh"
     assert model.graph.node[0].op_type == "Relu"
     assert {p.key: p.value for p in copy.metadata_props} == {
