@@ -2,7 +2,8 @@
 
 - the activation and the weight of every Conv, Gemm and MatMul that has a constant weight;
 - one pair per tensor, shared by all its readers;
-- weights per output channel (one scale where kernels take no more), activations per tensor, symmetric, biases not at all;
+- weights per output channel (one scale where kernels take no more), activations per tensor,
+  symmetric, biases not at all;
 - through nodes that only move or blend values, so that the move is in integers;
 - the outputs of integer convolutions, and of additions and products of quantized maps, are
   ``stored``: ONNX Runtime's integer kernels have to write integers; TensorRT does better without
@@ -133,7 +134,7 @@ def _store_elementwise(
     for node in index.nodes:
         if node.op_type not in ELEMENTWISE or node.name in high:
             continue
-        read_on = any(r.op_type in (*ELEMENTWISE, "Relu") for r in index.readers[node.output[0]])
+        read_on = any(r.op_type in ELEMENTWISE for r in index.readers[node.output[0]])
         if read_on and all(i in inputs or i in stored for i in node.input):
             stored[node.output[0]] = None
 
