@@ -129,6 +129,7 @@ def run(
 @click.option("--method", default="mse", show_default=True, help=f"One of {', '.join(_METHODS)}.")
 @click.option("--samples", type=int, default=256, show_default=True)
 @click.option("--spare", type=float, help="Share of the MACs that may stay in float.")
+@click.option("--rest", default="fp32", show_default=True, help="What is not int8: fp32, fp16.")
 @click.option("--dialect", "dialects", multiple=True, default=("ort", "ort-u8u8"))
 def quantize(
     bundle: Path,
@@ -138,6 +139,7 @@ def quantize(
     method: str,
     samples: int,
     spare: float | None,
+    rest: str,
     dialects: tuple[str, ...],
 ) -> None:
     """Make a precision plan for BUNDLE and write its dialects into it."""
@@ -151,6 +153,7 @@ def quantize(
         method=method,
         samples=samples,
         spare=spare,
+        rest=rest,
         dialects=dialects,
         progress=lambda items, label: _progress(label)(items),
     )

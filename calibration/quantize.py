@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .statistics import Arrays, Collector
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
+PLANS = ("fp16", "int8", "naive")
+RESTS = ("fp32", "fp16")
 SAMPLES = 256
 SPARE = 0.1
 EVALUATION = ("val", "test", "testA", "testB", "testC", "testAB")
@@ -43,6 +46,7 @@ def quantize(
     method: str = "mse",
     samples: int = SAMPLES,
     spare: float | None = None,
+    rest: str = "fp32",
     dialects: Sequence[str] = ("ort",),
     progress: Progress | None = None,
 ) -> tuple[Plan, Manifest]:
@@ -54,8 +58,11 @@ def quantize(
     samples: image-expression pairs to see, spread over all families.
     spare:   share of the multiply-accumulates that may stay in float, where int8 hurts most; None
              is 0.1 for trained weights and 0 for others, whose masks mean nothing.
+    rest:    precision of what is not in int8, ``fp32`` or ``fp16``; int8 plans only.
     progress: wraps an iterable with a label.
     """
+    _require_one_of("plan", plan, PLANS)
+    _require_one_of("rest", rest, RESTS)
     bundle = open_bundle(path)
     made = (
         half_plan(bundle)
@@ -64,6 +71,8 @@ def quantize(
             bundle, plan, data, root, method, samples, _spare(bundle, spare), progress or _silently
         )
     )
+    if plan != "fp16":
+        made = replace(made, rest=rest)
     return made, apply_plan(path, made, dialects)
 
 
@@ -110,7 +119,7 @@ def calibrated_plan(
     progress: Progress,
 ) -> Plan:
     """Scales from what the calibration samples show in the canonical graphs."""
-    _require_method(method)
+    _require_one_of("method", method, tuple(METHODS))
     pairs = calibration_pairs(bundle, data, samples, root)
     seen = _part_inputs(bundle, pairs)
     choose = naive_placement if name == "naive" else place
@@ -180,8 +189,8 @@ def _int8_macs(parts: dict[str, _Part]) -> dict[str, float]:
     work = {name: weighted_macs(part.index) for name, part in parts.items()}
     done = {name: sum(work[name][n] for n in part.plan.int8) for name, part in parts.items()}
     total = {name: sum(counts.values()) for name, counts in work.items()}
-    shares = {name: done[name] / total[name] for name in parts}
-    shares["all"] = sum(done.values()) / sum(total.values())
+    done["all"], total["all"] = sum(done.values()), sum(total.values())
+    shares = {name: done[name] / max(total[name], 1) for name in total}
     return {name: round(share, 6) for name, share in shares.items()}
 
 
@@ -281,11 +290,11 @@ def _unify(scales: dict[str, float], same: Iterable[tuple[str, str]]) -> None:
                 changed = True
 
 
-def _require_method(method: str) -> None:
-    if method not in METHODS:
+def _require_one_of(kind: str, found: str, known: Sequence[str]) -> None:
+    if found not in known:
         raise DataError(
-            "calibrate-method",
-            f"there is no calibration method called {method!r}",
-            why=f"the methods are {', '.join(METHODS)}",
+            f"calibrate-{kind}",
+            f"there is no {kind} called {found!r}",
+            why=f"quantize knows {', '.join(known)}",
             fix="choose one of these",
         )

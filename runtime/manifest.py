@@ -160,7 +160,7 @@ def decode_manifest(raw: bytes) -> Manifest:
                 fix="export the model again, or install the refedge that wrote it",
             )
         return msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
+    except (msgspec.DecodeError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(str(error)) from error
 
 

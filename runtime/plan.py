@@ -17,7 +17,7 @@ import msgspec
 from ..errors import BundleError
 
 SCHEMA = 1
-PRECISIONS = ("int8", "fp16", "fp32")
+RESTS = ("fp32", "fp16")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def decode_plan(raw: bytes) -> Plan:
         plan = msgspec.json.decode(raw, type=Plan)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(str(error)) from error
-    if plan.schema != SCHEMA or plan.rest not in PRECISIONS:
+    if plan.schema != SCHEMA or plan.rest not in RESTS:
         raise _damaged(f"schema {plan.schema}, rest {plan.rest!r}")
     for part in plan.parts.values():
         scales = [*part.activations.values(), *(s for w in part.weights.values() for s in w.scales)]

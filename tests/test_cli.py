@@ -104,6 +104,9 @@ def test_what_quantize_refuses(bundle: Path) -> None:
     refused(refedge(*calibrated, "--method", "luck"), "calibrate-method")
     refused(refedge(*calibrated, "--spare", 1.5), "calibrate-spare")
     refused(refedge(*calibrated, "--dialect", "ptx"), "dialect-unknown")
+    refused(refedge(*calibrated, "--plan", "fp32"), "calibrate-plan")
+    refused(refedge(*calibrated, "--plan", "../../x"), "calibrate-plan")
+    refused(refedge(*calibrated, "--rest", "int8"), "calibrate-rest")
     refused(refedge("quantize", bundle, "--data", "refshapes:test"), "calibrate-split")
     refused(refedge("quantize", bundle, "--data", "refcoco:train"), "data-root")
 
