@@ -36,7 +36,8 @@ class Placement:
     int8, high: nodes that compute in integers; nodes that stay in float32 in every plan.
     inputs:     tensors that integer nodes read, and what movers before them read.
     stored:     tensors that only ONNX Runtime's integer kernels write as integers.
-    weights:    constant to the axis of its channels, None for one scale in all.
+    weights:    constant to the axis of its channels, None for one scale in all; those of spared
+                nodes as well, whose activations alone stay in float.
     same:       tensors that must have one scale, because a node only moves values.
     """
 
@@ -59,10 +60,12 @@ def place(
     stored: dict[str, None] = {}
     for node in index.nodes:
         weight = index.weight_of(node)
-        if weight is None or node.name in high or node.name in spared:
+        if weight is None or node.name in high:
+            continue
+        weights[weight] = channel_axis(index, node, weight)
+        if node.name in spared:
             continue
         int8.append(node.name)
-        weights[weight] = channel_axis(index, node, weight)
         inputs[next(i for i in node.input[:2] if i != weight)] = None
         if node.op_type == "Conv":
             stored[node.output[0]] = None

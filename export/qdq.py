@@ -7,6 +7,7 @@ x86 kernels are fast with. Weights are int8 on disk with a DequantizeLinear per 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def write_qdq(
 ) -> onnx.ModelProto:
     """A copy of a graph with the plan's Q/DQ pairs.
 
-    unsigned: encoding of activations; stored: whether ``plan.stored`` tensors get their pair.
+    unsigned: encoding of activations; stored: for ONNX Runtime, so that ``plan.stored`` tensors get
+    their pair, and nodes that compute in float have their weights in int8 on disk all the same.
     """
     out = onnx.ModelProto()
     out.CopyFrom(model)
@@ -56,6 +58,10 @@ def write_qdq(
     for name in (v.name for v in graph.input):
         if name in tensors:
             nodes += _pair(name, names.scale(tensors[name]), zero_name, "")
+    if not stored:  # TensorRT takes int8 weights only beside int8 activations
+        readers = {r.name: w for w in plan.weights for r in index.readers[w]}
+        kept_weights = {readers[name] for name in plan.int8 if name in readers}
+        plan = replace(plan, weights={w: s for w, s in plan.weights.items() if w in kept_weights})
     nodes += _weights(index, plan, names, renamed, unsigned_weights)
     for node in graph.node:
         for position, value in enumerate(node.input):

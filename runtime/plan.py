@@ -38,7 +38,8 @@ class PartPlan:
     activations: scale of every quantized tensor.
     stored:      those of them that only an integer convolution's own output makes necessary:
                  ONNX Runtime needs them, TensorRT is better off without.
-    weights:     scales of every quantized constant.
+    weights:     scales of every quantized constant; ONNX Runtime's dialects keep those of nodes
+                 outside ``int8`` as integers on disk too.
     """
 
     graph: str
