@@ -306,8 +306,8 @@ def train(
 @main.command()
 @click.argument("model", default="slvit-tiny")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out"))
-@click.option("--scenes", type=int, default=40, show_default=True, help="Scenes of the test split.")
-@click.option("--rounds", type=int, default=20, show_default=True, help="Timings of each plan.")
+@click.option("--scenes", type=int, default=24, show_default=True, help="Scenes of the test split.")
+@click.option("--rounds", type=int, default=12, show_default=True, help="Timings of each plan.")
 def demo(model: str, output: Path, scenes: int, rounds: int) -> None:
     """Export MODEL, quantize it, time and score every plan beside torch, and write a report."""
     from .benchmarks.accuracy import evaluate as run_eval

@@ -193,6 +193,8 @@ def test_high_modules_and_spared_nodes() -> None:
     assert found.int8 == (name_of(model, "y"),)
     assert name_of(model, "o") not in found.high  # spared nodes run in the rest's precision
     assert found.inputs == ("o",)
+    # its weight is small on disk all the same
+    assert set(found.weights) == {"c", "d"}
 
 
 def test_products_of_two_activations_stay_in_float() -> None:
