@@ -49,7 +49,7 @@ methods: $(VENV)/.installed
 	$(BIN)/refedge export slvit-tiny -o out/methods/slvit-tiny.refedge
 	for m in minmax percentile entropy mse; do \
 	  $(BIN)/refedge quantize out/methods/slvit-tiny.refedge --data refshapes:calibration --method $$m && \
-	  $(BIN)/refedge eval out/methods/slvit-tiny.refedge --limit 300 -o out/methods/$$m.json || exit 1; \
+	  $(BIN)/refedge eval out/methods/slvit-tiny.refedge --limit 100 -o out/methods/$$m.json || exit 1; \
 	done
 
 clean:
