@@ -329,10 +329,15 @@ def demo(model: str, output: Path, scenes: int, rounds: int) -> None:
     manifest = run_export(open_model(model, words()), bundle, say=_say)
     worst = max(r["end_to_end"]["sigma"] for r in manifest.parity["runs"].values())
     _say(f"parity: logits differ from torch's by at most {worst:.1e} σ")
-    for plan in ("fp16", "int8", "naive"):
+    calibrated = {"data": "refshapes:calibration"}
+    settings: dict[str, dict[str, Any]] = {
+        "fp16": {},
+        "int8": calibrated,
+        "naive": calibrated | {"samples": 16},  # for contrast; more samples do not mend it
+    }
+    for plan, setting in settings.items():
         _say(f"quantizing: {plan}")
-        data = None if plan == "fp16" else "refshapes:calibration"
-        run_quantize(bundle, plan, data=data, progress=lambda i, label: _progress(label)(i))
+        run_quantize(bundle, plan, progress=lambda i, label: _progress(label)(i), **setting)
     _say("timing")
     speed = run_bench(bundle, rounds=rounds, progress=_progress("timing"))
     write_bench(speed, output / "bench.json")
