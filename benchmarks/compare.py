@@ -105,12 +105,7 @@ def _read(path: Path) -> Bench | AccuracyRecord:
 
 
 def _speeds(before: Bench, after: Bench, slower: float) -> Comparison:
-    _same_machine(before.device, after.device)
-    _same(
-        "result-model",
-        {"model": before.model, **_checkpoint(before.contestants[0].artefacts)},
-        {"model": after.model, **_checkpoint(after.contestants[0].artefacts)},
-    )
+    _same_model_and_machine(before, after)
     _same("result-settings", _settings(before), _settings(after))
     old = {c.name: c for c in before.contestants}
     new = {c.name: c for c in after.contestants}
@@ -157,12 +152,7 @@ def _judge_speed(
 
 
 def _scores(before: AccuracyRecord, after: AccuracyRecord, lower: float) -> Comparison:
-    _same_machine(before.device, after.device)
-    _same(
-        "result-model",
-        {"model": before.model, **_checkpoint(before.plans[0].artefacts)},
-        {"model": after.model, **_checkpoint(after.plans[0].artefacts)},
-    )
+    _same_model_and_machine(before, after)
     _same("result-data", _data(before), _data(after))
     old = {p.plan: p.overall.miou for p in before.plans}
     new = {p.plan: p.overall.miou for p in after.plans}
@@ -193,10 +183,11 @@ def _scores(before: AccuracyRecord, after: AccuracyRecord, lower: float) -> Comp
     return Comparison(title, header, rows, tuple(worse))
 
 
-def _same_machine(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    _same(
-        "result-device", {k: before.get(k) for k in _MACHINE}, {k: after.get(k) for k in _MACHINE}
-    )
+def _same_model_and_machine(before: Bench | AccuracyRecord, after: Bench | AccuracyRecord) -> None:
+    old, new = ({k: r.device.get(k) for k in _MACHINE} for r in (before, after))
+    _same("result-device", old, new)
+    old, new = ({"model": r.model, "checkpoint": _checkpoint(r)} for r in (before, after))
+    _same("result-model", old, new)
 
 
 def _same(code: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
@@ -216,8 +207,9 @@ def _same(code: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Non
         )
 
 
-def _checkpoint(artefacts: Mapping[str, str]) -> dict[str, str | None]:
-    return {"checkpoint": artefacts.get("checkpoint")}
+def _checkpoint(result: Bench | AccuracyRecord) -> str | None:
+    first = result.contestants[0] if isinstance(result, Bench) else result.plans[0]
+    return first.artefacts.get("checkpoint")
 
 
 def _settings(result: Bench) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from ..data.items import Items, open_items
@@ -21,7 +20,7 @@ from ..export.graph import GraphIndex
 from ..runtime.bundle import Bundle, open_bundle
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Calibration, PartPlan, Plan, WeightScale
-from ..runtime.segmenter import Segmenter, load
+from ..runtime.segmenter import load
 from .naive import naive_placement
 from .placement import Placement, is_high, place, weighted_macs
 from .ranges import METHODS, scale_of, weight_scales
@@ -121,30 +120,33 @@ def calibrated_plan(
     """Scales from what the calibration samples show in the canonical graphs."""
     _require_one_of("method", method, tuple(METHODS))
     pairs = calibration_pairs(bundle, data, samples, root)
-    seen = _part_inputs(bundle, pairs)
     choose = naive_placement if name == "naive" else place
     high = bundle.manifest.high
-    parts = {}
-    for part, file in bundle.manifest.canonical.graphs.items():
-        raw = bundle.file(file).read_bytes()
-        parts[part] = _Part(onnx.load(bundle.file(file)), hashlib.sha256(raw).hexdigest())
-        placement = choose(parts[part].index, high)
-        parts[part].collector = collector = Collector(
-            parts[part].model, (*placement.inputs, *placement.stored)
-        )
-        for inputs in progress(seen[part], f"{part}: ranges"):
-            collector.add(inputs)
-        parts[part].plan = _part_plan(parts[part], placement, method)
+    parts = {part: _Part(bundle, part) for part in bundle.manifest.canonical.graphs}
+    placements = {part: choose(p.index, high) for part, p in parts.items()}
+    for part, p in parts.items():
+        placement = placements[part]
+        p.collector = Collector(p.model, (*placement.inputs, *placement.stored))
+    ids: list[str] = []
+    some: list[dict[str, Arrays]] = []
+    for at in progress(range(len(pairs)), "ranges"):
+        query, inputs = pairs[at]
+        ids.append(query)
+        for part, p in parts.items():
+            p.collector.add(inputs[part])
+        if at < _batch(bundle):
+            some.append(inputs)
+    for part, p in parts.items():
+        p.plan = _part_plan(p, placements[part], method)
     if spare > 0.0 and name != "naive":
-        some = {part: _stack(seen[part][: _batch(bundle)]) for part in parts}
-        for part, kept in _spared(parts, some, spare, progress).items():
-            placement = place(parts[part].index, high, kept)
-            parts[part].plan = _part_plan(parts[part], placement, method)
+        stacked = {part: _stack([inputs[part] for inputs in some]) for part in parts}
+        for part, kept in _spared(parts, stacked, spare, progress).items():
+            parts[part].plan = _part_plan(parts[part], place(parts[part].index, high, kept), method)
     return Plan(
         name,
         "fp32",
         {part: p.plan for part, p in parts.items()},
-        Calibration(str(data), method, tuple(pairs.ids)),
+        Calibration(str(data), method, tuple(ids)),
         {"int8_macs": _int8_macs(parts)},
     )
 
@@ -155,9 +157,11 @@ class _Part:
     plan: PartPlan
     collector: Collector
 
-    def __init__(self, model: onnx.ModelProto, digest: str) -> None:
-        self.model, self.digest = model, digest
-        self.index = GraphIndex(model)
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        file = bundle.file(bundle.manifest.canonical.graphs[name])
+        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.model = onnx.load(file)
+        self.index = GraphIndex(self.model)
 
 
 def _spared(
@@ -194,17 +198,6 @@ def _int8_macs(parts: dict[str, _Part]) -> dict[str, float]:
     return {name: round(share, 6) for name, share in shares.items()}
 
 
-def _part_inputs(bundle: Bundle, pairs: Pairs) -> dict[str, list[Arrays]]:
-    """What each part takes for each pair, text products included."""
-    segmenter = load(bundle.path, threads=1)
-    seen: dict[str, list[Arrays]] = {"text": [], "mask": []}
-    for at in range(len(pairs.texts)):
-        text, pixels = pairs.inputs(segmenter, at)
-        seen["text"].append(text)
-        seen["mask"].append({**segmenter.run_text(**text), "pixels": pixels})
-    return seen
-
-
 def _batch(bundle: Bundle) -> int:
     """Samples that sensitivity is measured on: as many pixels as 32 of the tiny model's."""
     size = bundle.manifest.preprocess
@@ -216,26 +209,26 @@ def _stack(inputs: Sequence[Arrays]) -> Arrays:
 
 
 class Pairs:
-    """Calibration pairs: ids, texts, and pictures by number."""
+    """Calibration pairs, made one by one: a picture each, and of its expressions one in turn.
 
-    def __init__(self, items: Items, count: int) -> None:
-        self.ids: list[str] = []
-        self.texts: list[str] = []
-        self._pixels = []
-        for i in range(min(count, len(items))):
-            item = items[i]
-            # one expression a picture, in turn: many pictures teach more than many words
-            query = item.queries[i % len(item.queries)]
-            self.ids.append(query.id)
-            self.texts.append(query.text)
-            self._pixels.append(item.pixels)
+    Many pictures teach more than many words.
+    """
 
-    def inputs(
-        self, segmenter: Segmenter, at: int
-    ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.uint8]]:
-        """ids and words, and pixels, each a batch of one."""
-        tokens = segmenter.tokenize(self.texts[at])
-        return {"ids": tokens.ids[None], "words": tokens.words[None]}, self._pixels[at][None]
+    def __init__(self, bundle: Bundle, items: Items, count: int) -> None:
+        self._segmenter = load(bundle.path, threads=1)
+        self._items, self._count = items, min(count, len(items))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, at: int) -> tuple[str, dict[str, Arrays]]:
+        """The id, and what each part takes, a batch of one, text products included."""
+        item = self._items[at]
+        query = item.queries[at % len(item.queries)]
+        tokens = self._segmenter.tokenize(query.text)
+        ids, words = tokens.ids[None], tokens.words[None]
+        mask = {**self._segmenter.run_text(ids, words), "pixels": item.pixels[None]}
+        return query.id, {"text": {"ids": ids, "words": words}, "mask": mask}
 
 
 def calibration_pairs(bundle: Bundle, data: str | None, samples: int, root: Path | None) -> Pairs:
@@ -263,7 +256,8 @@ def calibration_pairs(bundle: Bundle, data: str | None, samples: int, root: Path
         )
     manifest = bundle.manifest
     protocol = protocol_named(manifest.protocol)
-    return Pairs(open_items(data, manifest.preprocess, protocol, root=root, limit=samples), samples)
+    items = open_items(data, manifest.preprocess, protocol, root=root, limit=samples)
+    return Pairs(bundle, items, samples)
 
 
 def _part_plan(part: _Part, placement: Placement, method: str) -> PartPlan:

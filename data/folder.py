@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,7 @@ class _Entry:
     size: tuple[int, int]
 
 
-class Folder(Sequence[Referral]):
+class Folder:
     """The expressions of a folder, in the order of ``expressions.jsonl``.
 
     A mask is a PNG of one channel and two values, 0 outside the target, of its picture's size
@@ -71,7 +71,7 @@ class Folder(Sequence[Referral]):
     def __iter__(self) -> Iterator[Referral]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: int) -> Referral:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Referral:
         entry = self._entries[index]
         target = entry.mask is not None
         usual = ("target" if target else "no-target") if self._both else "all"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Item:
     things: npt.NDArray[np.uint8] | None
 
 
-class Items(Sequence[Item]):
+class Items:
     """A dataset as items, made one by one."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Items(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Item:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Item:
         if isinstance(self.source, RefShapes):
             return self._shapes(self.source, index)
         return self._photo(self.source[index])

@@ -74,7 +74,7 @@ class _Meant:
     objects: tuple[Annotation, ...]
 
 
-class Refer(Sequence[Referral]):
+class Refer:
     """A split of a dataset: every sentence of every ref, in the order of the file.
 
     root:     the folder that holds ``refcoco/`` and ``images/``.
@@ -124,7 +124,7 @@ class Refer(Sequence[Referral]):
     def __iter__(self) -> Iterator[Referral]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: int) -> Referral:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Referral:
         ref, sentence, text = self._said[index]
         meant = self._meant[ref]
         target = bool(meant.objects)

@@ -8,7 +8,7 @@ float64, then rounded once. Maps that are flattened and transposed are transpose
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -269,10 +269,10 @@ def _copy_type(
 
 
 def _like(
-    node: onnx.NodeProto, kind: str, inputs: list[str], outputs: object, name: str
+    node: onnx.NodeProto, kind: str, inputs: list[str], outputs: Iterable[str], name: str
 ) -> onnx.NodeProto:
     """A node of the same torch module."""
-    made = helper.make_node(kind, inputs, list(outputs), name)  # type: ignore[call-overload]
+    made = helper.make_node(kind, inputs, list(outputs), name)
     made.metadata_props.extend(node.metadata_props)
     return made
 

@@ -6,6 +6,7 @@ them for people.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -48,14 +49,8 @@ def lint(model: onnx.ModelProto) -> list[Finding]:
 
 def require_clean(model: onnx.ModelProto) -> None:
     """Raise ExportError with the first findings, or run onnx's own full check."""
-    findings = lint(model)
-    if findings:
-        raise ExportError(
-            "export-lint",
-            f"the part {model.graph.name!r} breaks {len(findings)} rules",
-            why="; ".join(map(str, findings[:5])),
-            fix="rewrite the named modules; docs/bundle.md explains each rule",
-        )
+    fix = "rewrite the named modules; docs/bundle.md explains each rule"
+    refuse(lint(model), "export-lint", f"the part {model.graph.name!r} breaks rules", fix)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -65,6 +60,13 @@ def require_clean(model: onnx.ModelProto) -> None:
             why=str(error).splitlines()[0],
             fix="report this: the exporter wrote it",
         ) from error
+
+
+def refuse(findings: Sequence[Finding], code: str, what: str, fix: str) -> None:
+    """Raise ExportError with the first of the findings, if there are any."""
+    if findings:
+        why = "; ".join(map(str, findings[:5]))
+        raise ExportError(code, f"{what} ({len(findings)} findings)", why=why, fix=fix)
 
 
 def _header(model: onnx.ModelProto) -> list[Finding]:

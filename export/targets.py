@@ -13,10 +13,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from ..errors import ExportError
 from .canonical import module_of
 from .graph import GraphIndex, attribute
-from .lint import CONTROL_FLOW, DATA_DEPENDENT, Finding
+from .lint import CONTROL_FLOW, DATA_DEPENDENT, Finding, refuse
 
 _OPERATORS = """
     Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast Ceil Clip Concat Conv
@@ -61,13 +60,8 @@ TARGETS = {
 def require_target(model: onnx.ModelProto, dialect: str) -> None:
     """Raise ExportError with the first findings."""
     findings = [*lint_target(model, dialect), *lint_qdq(model, dialect)]
-    if findings:
-        raise ExportError(
-            "export-target",
-            f"the part {model.graph.name!r} is not fit for {dialect} ({len(findings)} findings)",
-            why="; ".join(map(str, findings[:5])),
-            fix="leave out this dialect, or rewrite the named modules",
-        )
+    what = f"the part {model.graph.name!r} is not fit for {dialect}"
+    refuse(findings, "export-target", what, "leave out this dialect, or rewrite the named modules")
 
 
 def lint_target(model: onnx.ModelProto, dialect: str) -> list[Finding]:

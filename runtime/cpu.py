@@ -9,17 +9,20 @@ from pathlib import Path
 _EXACT = ("avx512_vnni", "avx_vnni", "amx_int8", "avx10_1")
 
 
-def flags() -> frozenset[str]:
-    """Instruction-set flags as Linux spells them; empty where the system does not say."""
+def processor() -> dict[str, str]:
+    """What Linux says of the first processor; empty where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        name, _, values = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(values.split())
-    return frozenset()
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def flags() -> frozenset[str]:
+    """Instruction-set flags as Linux spells them; empty where the system does not say."""
+    info = processor()
+    return frozenset(info.get("flags", info.get("Features", "")).split())
 
 
 def int8_dialects(found: frozenset[str] | None = None, machine: str | None = None) -> list[str]:

@@ -7,7 +7,7 @@ any sample can be made by itself, at any size. ``DIGESTS`` pins the test splits.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ class Sample:
         return np.asarray(self.things == (expression.target + 1 if expression.target >= 0 else 255))
 
 
-class RefShapes(Sequence[Sample]):
+class RefShapes:
     """A split of RefShapes.
 
     split:      ``train``, ``calibration``, ``val`` or ``test``.
@@ -103,7 +103,7 @@ class RefShapes(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Sample:
         if not -self._count <= index < self._count:
             raise IndexError(index)
         name = self.name(index % self._count)
@@ -141,7 +141,7 @@ class RefShapes(Sequence[Sample]):
         return tuple(said.values())
 
 
-def digest(samples: Sequence[Sample]) -> str:
+def digest(samples: Iterable[Sample]) -> str:
     """SHA-256 over pixels, things, expressions and targets, in order."""
     total = hashlib.sha256()
     for sample in samples:

@@ -116,7 +116,8 @@ def test_without_stored_tensors_every_dialect_is_the_same(quantized: Path, plan:
         found[dialect] = run(written, taken)["logits"]
     for dialect in ("ort-u8u8", "trt10"):
         assert np.array_equal(found["ort"], found[dialect])
-    assert ious(found["ort"], found["trt8"]).min() >= (0.98 if plan == "int8" else 0.0)
+    if plan == "int8":  # the masks of the naive plan are noise
+        assert ious(found["ort"], found["trt8"]).min() >= 0.98
     # whatever single steps do in what follows, most logits do not see them
     close = np.abs(found["ort"] - found["trt8"]) <= 1e-2 * found["ort"].std()
     assert close.mean() >= 0.99
@@ -147,7 +148,8 @@ def test_what_half_weights_save(quantized: Path) -> None:
     # vectors such as biases stay in float32 in "ort"
     assert 0.45 * whole <= size("fp16", "ort") <= 0.6 * whole
     assert size("fp16", "trt10") <= 0.6 * whole
-    assert size("int8", "ort") <= 0.4 * whole
+    # a byte instead of four for matrices, whether or not their node computes in integers
+    assert size("int8", "ort") <= 0.3 * whole
 
 
 def test_weights_that_dialects_share(quantized: Path) -> None:
