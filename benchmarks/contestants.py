@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -175,7 +175,7 @@ def open_original(manifest: Manifest, name: str | None = None) -> Original:
 
 def _find(manifest: Manifest) -> str:
     """A shipped checkpoint of the same hash, or the configuration of seeded weights."""
-    from ..models.checkpoint import CARD, SHIPPED, shipped
+    from ..models.checkpoint import CARD, SHIPPED, plain, shipped
     from ..models.families import families, family
 
     wanted = _checkpoint(manifest)
@@ -184,7 +184,7 @@ def _find(manifest: Manifest) -> str:
             return name
     if wanted == "" and manifest.model in families():
         for name, config in family(manifest.model).configs.items():
-            if _plain(config) | {"size": manifest.preprocess.height} == manifest.config:
+            if plain(config) | {"size": manifest.preprocess.height} == manifest.config:
                 return f"{manifest.model}:{name}"
     raise BundleError(
         "bench-model",
@@ -196,6 +196,8 @@ def _find(manifest: Manifest) -> str:
 
 
 def _require_same(manifest: Manifest, name: str, loaded: Loaded) -> None:
+    from ..models.checkpoint import plain
+
     wanted, found = _checkpoint(manifest), loaded.card.sha256
     reasons = []
     if manifest.model != loaded.card.model:
@@ -203,7 +205,7 @@ def _require_same(manifest: Manifest, name: str, loaded: Loaded) -> None:
     if wanted != found:
         here, there = found[:16] or "seeded", (wanted or "")[:16] or "seeded"
         reasons.append(f"its weights are {here}, the bundle's {there}")
-    config = _plain(loaded.model.config)
+    config = plain(loaded.model.config)
     if config != manifest.config:
         keys = sorted(k for k in config if config[k] != manifest.config.get(k))
         reasons.append(f"they differ in {', '.join(keys)}")
@@ -223,9 +225,3 @@ def _checkpoint(manifest: Manifest) -> str | None:
     if not isinstance(said, str):
         return None
     return "" if said.startswith("none") else said
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """A configuration as a manifest holds it."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain

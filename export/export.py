@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from ..models.checkpoint import Loaded
+from ..models.checkpoint import Loaded, plain
 from ..models.parts import Framing, Part, Port
 from ..models.tokenizers import STAND_IN
 from ..runtime.manifest import (
@@ -59,7 +57,6 @@ def export(loaded: Loaded, target: Path, *, say: Callable[[str], None] = print) 
         say("measuring parity")
         parity = measure(
             loaded.model,
-            parts,
             specs,
             {name: writer.folder / file for name, file in canonical.items()},
             {"ort fp32": {name: writer.folder / file for name, file in ort.items()}},
@@ -89,7 +86,7 @@ def _manifest(
     stand_in = loaded.card.tokenizer == STAND_IN
     return Manifest(
         model=loaded.card.model,
-        config=json.loads(json.dumps(asdict(config))),
+        config=plain(config),
         preprocess=PreprocessSpec(
             config.size, config.size, framing.resize, framing.filter, framing.fill
         ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,28 @@ def locate(name_or_path: str) -> Path:
     )
 
 
+def load_card(folder: Path) -> Card:
+    """The card alone, without the weights."""
+    try:
+        return msgspec.json.decode(_read(folder / CARD), type=Card)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise _unreadable(folder / CARD, error) from error
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON holds it."""
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(config))
+    return found
+
+
 def load_checkpoint(name_or_path: str) -> Loaded:
     """Read, verify and build; the weights must fit the card's configuration exactly."""
     folder = locate(name_or_path)
+    card = load_card(folder)
+    kind = family(card.model)
     try:
-        card = msgspec.json.decode(_read(folder / CARD), type=Card)
-        kind = family(card.model)
         config = msgspec.convert(card.config, kind.config_type)
-    except (msgspec.DecodeError, ValueError) as error:
+    except msgspec.ValidationError as error:
         raise _unreadable(folder / CARD, error) from error
     raw = _read(folder / WEIGHTS)
     digest = hashlib.sha256(raw).hexdigest()
@@ -145,7 +159,7 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     raw = save(compact(model))
-    config = asdict(model.config)
+    config = plain(model.config)
     card = Card(name, config, hashlib.sha256(raw).hexdigest(), "word-level", training)
     write_atomically(folder / WEIGHTS, raw)
     write_atomically(folder / TOKENIZER, tokenizer.to_str(pretty=True).encode())
@@ -203,7 +217,7 @@ def open_model(
     closed = config.vocabulary < 1000
     tokenizer = word_level(words) if closed else bert_stand_in(words, config.vocabulary)
     tokens = "word-level" if closed else STAND_IN
-    return Loaded(model, tokenizer, Card(kind, asdict(config), digest, tokens))
+    return Loaded(model, tokenizer, Card(kind, plain(config), digest, tokens))
 
 
 def configuration_named(kind: str, name: str, size: int | None = None) -> Any:
@@ -236,7 +250,7 @@ def _at_size(loaded: Loaded, size: int | None) -> Loaded:
     kind = family(loaded.card.model)
     model = kind.build(_resized(kind, loaded.model.config, size))
     fit(model, loaded.model.state_dict())
-    card = replace(loaded.card, config=asdict(model.config))
+    card = replace(loaded.card, config=plain(model.config))
     return replace(loaded, model=model.eval(), card=card)
 
 

@@ -1,8 +1,8 @@
 """What a model must say of itself to be trained, exported and run: parts, tensors, examples.
 
 A model is cut where something can be computed once: ``text`` per expression, ``image`` per picture
-(late fusion), ``mask`` for what is left. Each part is a plain ``nn.Module`` whose forward takes and
-returns the tensors that its ports name, in order.
+(late fusion), ``mask`` for what is left. Each part takes and returns the tensors that its ports
+name, in order.
 
 With an image part, ``mask`` has two dynamic sizes, pictures and expressions; its int32 input
 ``image_index`` [batch] names each expression's picture and is gathered as late as possible.
@@ -30,20 +30,29 @@ class Port:
     shape: tuple[int | str, ...]
 
 
+class Method(nn.Module):
+    """One function of a model as a module of its own."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor | tuple[Tensor, ...]]):
+        super().__init__()
+        self.model, self._function = model, function
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self._function(*inputs)
+
+
 @dataclass(frozen=True)
 class Part:
     """One graph of a model.
 
     inputs come from the host (``pixels``, ``ids``, ``words``, ``image_index``) or, by name, from
-    an earlier part. example makes inputs of a batch size and a seed, in the order of ``inputs``;
-    with an image part there are ``pictures(batch)`` pictures.
+    an earlier part; ``module`` takes them in this order.
     """
 
     name: str
-    module: nn.Module
+    module: Method
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    example: Callable[[int, int], tuple[Tensor, ...]]
 
 
 def pictures(batch: int) -> int:
@@ -65,6 +74,21 @@ class Framing:
     filter: Literal["bilinear", "bicubic"] = "bilinear"
     fill: tuple[int, int, int] = (0, 0, 0)
     threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Where pixels and words meet: so many calls of one shape.
+
+    pixels, words: tokens on either side; heads x width: of the scores.
+    """
+
+    name: str
+    calls: int
+    pixels: int
+    words: int
+    heads: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -131,6 +155,10 @@ class Network(nn.Module):
     def rescale(self, shift: float, scale: float) -> None:
         """Change the last layer so that logits become ``scale * (logits - shift)``."""
         raise NotImplementedError
+
+    def cross_attention(self) -> tuple[CrossAttention, ...]:
+        """The shapes in which pixels and words meet."""
+        return ()
 
     def parts(self) -> tuple[Part, ...]:
         """``text``, perhaps ``image``, ``mask``."""

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .examples import host_inputs
 from .parts import HOST, Network
 
 N = TypeVar("N", bound=Network)
@@ -24,7 +25,8 @@ def seed_weights(model: N, seed: int) -> N:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         _fill(name, parameter, generator)
-    inputs = _inputs(model, seed)
+    host = host_inputs(model, 2, seed)
+    inputs = [host[name] for name in HOST]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -50,12 +52,3 @@ def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
     else:
         fan_in = parameter[0].numel()
         parameter.normal_(0.0, fan_in**-0.5, generator=generator)
-
-
-def _inputs(model: Network, seed: int) -> tuple[Tensor, ...]:
-    """Pixels, ids, words, and the index of pictures where there is an image part."""
-    found: dict[str, Tensor] = {}
-    for part in model.parts():
-        taken = zip((port.name for port in part.inputs), part.example(2, seed), strict=True)
-        found |= {name: value for name, value in taken if name in HOST}
-    return tuple(found[name] for name in HOST if name in found)

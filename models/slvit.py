@@ -29,7 +29,7 @@ from .mscan import (
     StripConvs,
     normalise_pixels,
 )
-from .parts import BATCH, Network, Part, Port, Rehearsal
+from .parts import BATCH, CrossAttention, Method, Network, Part, Port, Rehearsal
 from .text import TextConfig, bert, encode
 from .urce import CrossScaleEnhancement
 from .word_attention import GatedCross
@@ -316,6 +316,9 @@ class SLViT(Network):
         maps, relevances = self.features(pixels, words, self.encode_text(ids, words))
         return self.decode(maps, relevances)
 
+    def _mask(self, pixels: Tensor, words: Tensor, *products: Tensor) -> Tensor:
+        return self.decode(*self.features(pixels, words, products))
+
     def rehearse(
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor, masks: Tensor
     ) -> Rehearsal:
@@ -354,6 +357,14 @@ class SLViT(Network):
         gap = scores[:, count - 1] - scores[:, count]
         return float((gap / (scores[:, 0] - scores[:, -1]).clamp_min(1e-30)).min())
 
+    def cross_attention(self) -> tuple[CrossAttention, ...]:
+        """One head as wide as the map, in every block."""
+        c = self.config
+        return tuple(
+            CrossAttention(f"stage {i}", depth, (c.size >> i + 1) ** 2, c.words, 1, width)
+            for i, (depth, width) in enumerate(zip(c.depths, c.widths, strict=True), start=1)
+        )
+
     def parts(self) -> tuple[Part, ...]:
         """The two graphs: ``text`` once per expression, ``mask`` for every picture."""
         c = self.config
@@ -370,42 +381,6 @@ class SLViT(Network):
         pixels = Port("pixels", "uint8", (BATCH, c.size, c.size, 3))
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         return (
-            Part("text", _TextPart(self), (ids, words), products, self._example_text),
-            Part("mask", _MaskPart(self), (pixels, words, *products), (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), products),
+            Part("mask", Method(self, self._mask), (pixels, words, *products), (logits,)),
         )
-
-    def _example_text(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        c = self.config
-        lengths = torch.randint(3, c.words + 1, (batch, 1), generator=generator)
-        words = torch.arange(c.words)[None] < lengths
-        ids = torch.randint(2, c.text.vocabulary, (batch, c.words), generator=generator)
-        return (ids * words).to(torch.int32), words
-
-    def _example(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed + 1)
-        shape = (batch, 3, self.config.size // 16, self.config.size // 16)
-        coarse = torch.randint(0, 256, shape, generator=generator).float()
-        pixels = F.interpolate(coarse, scale_factor=16, mode="bilinear").round().to(torch.uint8)
-        ids, words = self._example_text(batch, seed)
-        with torch.no_grad():
-            products = self.encode_text(ids, words)
-        return (pixels.permute(0, 2, 3, 1).contiguous(), words, *products)
-
-
-class _TextPart(nn.Module):
-    def __init__(self, model: SLViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, words: Tensor) -> TextProducts:
-        return self.model.encode_text(ids, words)
-
-
-class _MaskPart(nn.Module):
-    def __init__(self, model: SLViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor, words: Tensor, *products: Tensor) -> Tensor:
-        return self.model.decode(*self.model.features(pixels, words, products))
