@@ -118,7 +118,7 @@ def _manifest(
 
 def _protocol(loaded: Loaded, framing: Framing) -> str:
     """How its family is scored; models of RefShapes as RefShapes is."""
-    if loaded.card.training:
+    if "recipe" in loaded.card.training:
         return "refshapes"
     return "cris-native" if framing.resize == "letterbox" else "lavt480"
 

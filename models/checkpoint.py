@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .families import Family, configurations, families, family
 from .layouts import from_official
+from .own import open_own
 from .parts import Network
 from .seeded import seed_weights
 from .tokenizers import STAND_IN, bert_stand_in, word_level
@@ -30,6 +31,7 @@ from .tokenizers import STAND_IN, bert_stand_in, word_level
 CARD = "card.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
+OWN = "own"
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 
@@ -189,14 +191,19 @@ def open_model(
     weights: Path | None = None,
     seed: int = 0,
 ) -> Loaded:
-    """A checkpoint by name or folder, or a configuration such as ``slvit:paper``.
+    """A checkpoint by name or folder, a configuration such as ``slvit:paper``, or one's own.
+
+    One's own is ``FILE.py:FUNCTION``, see ``models/own.py``.
 
     words:   vocabulary for the tokenizer of a bare configuration.
     size:    pixels per side; None for the configuration's own.
     weights: safetensors in the official layout for a bare configuration; without, seeded weights.
     """
-    kind, _, configuration = name.partition(":")
-    if not configuration:
+    kind, _, configuration = name.rpartition(":")
+    if kind.endswith(".py"):
+        own, tokenizer, digest = open_own(name)
+        return Loaded(own, tokenizer, Card(OWN, plain(own.config), digest, OWN))
+    if not kind:
         if weights is not None:
             raise CheckpointError(
                 "config-unknown",
