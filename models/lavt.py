@@ -13,18 +13,17 @@ it runs once per picture.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .examples import expressions, photos
-from .mscan import MapConv1d, normalise_pixels
+from .mscan import normalise_pixels
 from .parts import BATCH, Framing, Part, Port, Rehearsal
+from .pwam import PWAM
 from .swin import Swin, SwinConfig
 from .text import TextConfig, bert, encode
-from .word_attention import VisionLanguageAttention
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -66,33 +65,10 @@ TINY = LAVTConfig(
     swin=SwinConfig(
         width=24, depths=(1, 1, 2, 1), heads=(1, 2, 4, 4), window=6, ratio=2, drop_path=0.0
     ),
-    head_width=32,
+    head_width=24,
     text=TextConfig(vocabulary=64, width=48, layers=2, heads=4, hidden=96, positions=20),
 )
 CONFIGS = {"paper": PAPER, "tiny": TINY}
-
-
-class ImageLanguageAttention(VisionLanguageAttention):
-    """SLViT's attention to words under the names that LAVT gave it first."""
-
-    names: ClassVar[tuple[str, str, str]] = ("f_query", "f_key", "f_value")
-
-
-class PWAM(nn.Module):
-    """Pixel-word attention: what a pixel shows times what it found among the words."""
-
-    def __init__(self, width: int, text_width: int) -> None:
-        super().__init__()
-        self.vis_project = nn.Sequential(MapConv1d(width, width), nn.GELU())
-        self.image_lang_att = ImageLanguageAttention(width, text_width)
-        self.project_mm = nn.Sequential(MapConv1d(width, width), nn.GELU())
-
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Map [B, C, H, W] to a map of the same shape and the weights [B, T, H * W]."""
-        found, weights = self.image_lang_att(x, keys, values, words)
-        return self.project_mm(self.vis_project(x) * found), weights
 
 
 class Decoder(nn.Module):
@@ -125,6 +101,12 @@ class Decoder(nn.Module):
         return out
 
 
+def _gate(width: int) -> nn.Sequential:
+    """How much of what was found is let through to the next stage, per pixel and channel."""
+    first, second = (nn.Linear(width, width, bias=False) for _ in range(2))
+    return nn.Sequential(first, nn.ReLU(), second, nn.Tanh())
+
+
 class LAVT(nn.Module):
     """The whole network; see the module docstring."""
 
@@ -137,10 +119,7 @@ class LAVT(nn.Module):
         ):
             stage.add_module("fusion", PWAM(width, config.text.width))
             if i < 3:
-                gate = (nn.Linear(width, width, bias=False) for _ in range(2))
-                stage.add_module(
-                    "res_gate", nn.Sequential(next(gate), nn.ReLU(), next(gate), nn.Tanh())
-                )
+                stage.add_module("res_gate", _gate(width))
         self.text_encoder = bert(config.text)
         self.classifier = Decoder(config.swin.widths, config.head_width)
         self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
@@ -163,20 +142,17 @@ class LAVT(nn.Module):
 
     def fusion(self, i: int) -> PWAM:
         """The attention to words behind stage 0 to 3."""
-        module = self.backbone.layers[i].fusion
-        assert isinstance(module, PWAM)
-        return module
+        return cast(PWAM, self.backbone.layers[i].get_submodule("fusion"))
 
     def encode_text(self, ids: Tensor, words: Tensor) -> TextProducts:
         """ids [B, T] int32, words [B, T] bool to keys_1, values_1, keys_2, ... of the four stages.
 
-        keys_i: [B, T, C_i], scaled; values_i: [B, C_i, T].
+        keys_i: [B, T, C_i]; values_i: [B, C_i, T].
         """
         text = encode(self.text_encoder, ids, words)
         products: list[Tensor] = []
         for i in range(4):
-            keys, values = self.fusion(i).image_lang_att.project_text(text, words)
-            products += [keys, values.transpose(1, 2)]
+            products += self.fusion(i).image_lang_att.project_text(text, words)
         return tuple(products)
 
     def features(
@@ -196,13 +172,12 @@ class LAVT(nn.Module):
         maps, attention = [], []
         for i in range(4):
             keys, values = products[2 * i : 2 * i + 2]
-            fused, weights = self.fusion(i)(swin.to_map(i, x), keys, values, words)
-            found = fused.flatten(2).transpose(1, 2)
+            found, weights = self.fusion(i)(x, keys, values, words)
             maps.append(swin.output(i, found))
             attention.append(weights)
             if i < 3:
-                gate = swin.layers[i].res_gate(found)  # type: ignore[operator]
-                x = swin.stage(i + 1, swin.downsample(i, x + gate * found))
+                gate = swin.layers[i].get_submodule("res_gate")
+                x = swin.stage(i + 1, swin.downsample(i, x + gate(found) * found))
         return maps, attention
 
     def decode(self, maps: list[Tensor]) -> Tensor:
@@ -261,13 +236,22 @@ class LAVT(nn.Module):
         )
 
     def _example_text(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        return expressions(batch, self.config.words, self.config.vocabulary, seed)
+        generator = torch.Generator().manual_seed(seed)
+        c = self.config
+        lengths = torch.randint(3, c.words + 1, (batch, 1), generator=generator)
+        words = torch.arange(c.words)[None] < lengths
+        ids = torch.randint(2, c.vocabulary, (batch, c.words), generator=generator)
+        return (ids * words).to(torch.int32), words
 
     def _example(self, batch: int, seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed + 1)
+        shape = (batch, 3, self.config.size // 16, self.config.size // 16)
+        coarse = torch.randint(0, 256, shape, generator=generator).float()
+        pixels = F.interpolate(coarse, scale_factor=16, mode="bilinear").round().to(torch.uint8)
         ids, words = self._example_text(batch, seed)
         with torch.no_grad():
             products = self.encode_text(ids, words)
-        return (photos(batch, self.config.size, seed), words, *products)
+        return (pixels.permute(0, 2, 3, 1).contiguous(), words, *products)
 
 
 class _TextPart(nn.Module):

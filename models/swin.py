@@ -246,8 +246,7 @@ class Swin(nn.Module):
 
     def downsample(self, i: int, tokens: Tensor) -> Tensor:
         """Tokens of stage 0 to 2 after its blocks to those that the next stage takes."""
-        stage = self.layers[i]
-        out: Tensor = stage.downsample(tokens)  # type: ignore[operator]
+        out: Tensor = self.layers[i].get_submodule("downsample")(tokens)
         return out
 
     def output(self, i: int, tokens: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ values) is made by ``project_text``.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -18,36 +16,29 @@ from .text import MASKED
 
 
 class VisionLanguageAttention(nn.Module):
-    """Pixels attend to words, one head as wide as the map, instance-normalised on both sides.
-
-    names: of the projections to query, key and value in the public layout.
-    """
-
-    names: ClassVar[tuple[str, str, str]] = ("project_q", "project_k", "project_v")
+    """Pixels attend to words, one head as wide as the map, instance-normalised on both sides."""
 
     def __init__(self, width: int, text_width: int) -> None:
         super().__init__()
-        query, key, value = self.names
-        self.add_module(query, nn.Sequential(MapConv1d(width, width), nn.Identity()))
-        self.add_module(key, nn.Sequential(TokenConv1d(text_width, width)))
-        self.add_module(value, nn.Sequential(TokenConv1d(text_width, width)))
+        self.project_q = nn.Sequential(MapConv1d(width, width), nn.Identity())
+        self.project_k = nn.Sequential(TokenConv1d(text_width, width))
+        self.project_v = nn.Sequential(TokenConv1d(text_width, width))
         self.W = nn.Sequential(MapConv1d(width, width), nn.Identity())
         self.norm = nn.InstanceNorm2d(width)
         self.scale = width**-0.5
 
     def project_text(self, text: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Word vectors [B, T, E] to scaled keys and to values, both [B, T, C], zero at padding."""
-        _, key, value = self.names
         valid = words[:, :, None].to(text.dtype)
-        keys = getattr(self, key)(text) * (valid * self.scale)
-        return keys, getattr(self, value)(text) * valid
+        keys = self.project_k(text) * (valid * self.scale)
+        return keys, self.project_v(text) * valid
 
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, words: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The attended map [B, C, H, W] and the attention weights [B, T, H * W]."""
         height, width = x.shape[2:]
-        query = self.norm(getattr(self, self.names[0])(x))
+        query = self.norm(self.project_q(x))
         scores = keys @ query.flatten(2)
         weights = torch.softmax(torch.where(words[:, :, None], scores, MASKED), dim=1)
         attended = (values @ weights).reshape(-1, x.shape[1], height, width)
