@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .darknet import SLOPE, ConvNorm
 from .locators import Evidence
-from .lts_neck import Share
+from .lts_neck import Share, VectorNorm
 
 
 class ASPP(nn.Module):
@@ -25,13 +25,13 @@ class ASPP(nn.Module):
         self.branches = nn.ModuleList(
             [ConvNorm(channels, width, 1), *(ConvNorm(channels, width, 3, rate=r) for r in rates)]
         )
-        self.pooled = ConvNorm(channels, width, 1)
+        self.pooled = VectorNorm(channels, width)
         self.project = Share(width * (1 + len(rates)), width, 1)
         self.project_pooled = nn.Conv2d(width, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         beside = self.project(torch.cat([branch(x) for branch in self.branches], dim=1))
-        pooled = self.project_pooled(self.pooled(x.mean((2, 3), keepdim=True)))
+        pooled = self.project_pooled(self.pooled(x.mean((2, 3))))
         return F.leaky_relu(beside + pooled, SLOPE)
 
 

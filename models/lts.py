@@ -21,8 +21,8 @@ from .aspp import MaskHead
 from .darknet import BLOCKS, WIDTHS, Darknet, unit_pixels
 from .examples import expressions, photos
 from .locators import CrossAttention, Filtering
-from .lts_neck import Neck, SentenceGate, Tensors
-from .parts import BATCH, IMAGES, Framing, Part, Port, Rehearsal, pictures
+from .lts_neck import Neck, Tensors, VectorNorm
+from .parts import BATCH, IMAGES, Framing, Network, Part, Port, Rehearsal, pictures
 from .recurrent import BiRecurrent, WordVectors, masked_mean
 
 LOCATORS = ("filtering", "transformer")
@@ -129,7 +129,7 @@ class _Found(NamedTuple):
     attention: Tensors
 
 
-class LTS(nn.Module):
+class LTS(Network):
     """The whole network; see the module docstring."""
 
     def __init__(self, config: LTSConfig = PAPER) -> None:
@@ -138,7 +138,7 @@ class LTS(nn.Module):
         text = 2 * c.hidden
         self.embeddings = WordVectors(c.vocabulary, c.embedding)
         self.recurrent = BiRecurrent("gru", c.embedding, c.hidden)
-        self.gate = SentenceGate(text, c.top)
+        self.gate = VectorNorm(text, c.top)
         self.backbone = Darknet(c.widths, c.blocks)
         self.neck = Neck(c.widths[3:], c.top, c.width, c.stride, c.side, c.codes)
         self.locator: Filtering | CrossAttention
@@ -171,7 +171,7 @@ class LTS(nn.Module):
         return (*self.config.widths[3:5], self.config.width)
 
     def encode_text(self, ids: Tensor, words: Tensor) -> Tensors:
-        """ids and words [B, T] to the gate [B, top] and the locator's products."""
+        """ids and words [B, T] to the gate [B, top, 1, 1] and the locator's products."""
         states = self.recurrent(self.embeddings(ids), words)
         sentence = masked_mean(states, words)
         return (self.gate(sentence), *self.locator.project_text(states, sentence))
@@ -232,7 +232,7 @@ class LTS(nn.Module):
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         text = tuple(
             Port(name, "float32", (BATCH, *shape))
-            for name, shape in {"gate": (c.top,), **self.locator.shapes(c.words)}.items()
+            for name, shape in {"gate": (c.top, 1, 1), **self.locator.shapes(c.words)}.items()
         )
         image = tuple(
             Port(name, "float32", (IMAGES, width, side, side))

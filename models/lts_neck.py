@@ -25,16 +25,16 @@ class Share(ConvNorm):
         return out
 
 
-class SentenceGate(nn.Module):
-    """Linear, batch norm, leaky ReLU: a sentence [B, E] to a factor per channel [B, C]."""
+class VectorNorm(nn.Module):
+    """Linear, batch norm, leaky ReLU: vectors [B, E] to maps [B, C, 1, 1]."""
 
-    def __init__(self, text: int, width: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(text, width, bias=False)
-        self.bn = nn.BatchNorm1d(width)
+        self.linear = nn.Linear(channels_in, channels_out, bias=False)
+        self.bn = nn.BatchNorm1d(channels_out)
 
-    def forward(self, sentence: Tensor) -> Tensor:
-        return F.leaky_relu(self.bn(self.linear(sentence)), SLOPE)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.bn(self.linear(x)), SLOPE)[:, :, None, None]
 
 
 class Neck(nn.Module):
@@ -74,9 +74,9 @@ class Neck(nn.Module):
         return self.top(top), self.middle(middle), self.low(low)
 
     def forward(self, laterals: Tensors, gate: Tensor, image_index: Tensor | None) -> Tensor:
-        """Laterals of the pictures and gate [B, top] to the fused map [B, width, side, side]."""
+        """Laterals of pictures and gate [B, top, 1, 1] to the fused map [B, width, side, side]."""
         top, middle, low = laterals
-        top = F.relu(self.norm(pick(top, image_index) * gate[:, :, None, None]))
+        top = F.relu(self.norm(pick(top, image_index) * gate))
         middle = pick(middle, image_index) + enlarge(self.top_to_middle(top), 2)
         middle = F.leaky_relu(middle, SLOPE)
         low = pick(low, image_index) + enlarge(self.middle_to_low(middle), self.doubling)
