@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import Any
 import onnx
 
 from ..models.checkpoint import Loaded
-from ..models.parts import Part, Port
+from ..models.parts import Framing, Part, Port
 from ..models.tokenizers import STAND_IN
 from ..runtime.manifest import (
     DialectSpec,
@@ -83,13 +84,15 @@ def _manifest(
     dialects: tuple[DialectSpec, ...],
     parity: dict[str, Any],
 ) -> Manifest:
-    config = loaded.model.config
+    config, framing = loaded.model.config, loaded.model.framing
     vocabulary = loaded.tokenizer.get_vocab()
     stand_in = loaded.card.tokenizer == STAND_IN
     return Manifest(
         model=loaded.card.model,
         config=json.loads(json.dumps(asdict(config))),
-        preprocess=PreprocessSpec(config.size, config.size),
+        preprocess=PreprocessSpec(
+            config.size, config.size, framing.resize, framing.filter, framing.fill
+        ),
         tokenizer=TokenizerSpec(
             "tokenizer.json",
             words=config.words,
@@ -98,8 +101,8 @@ def _manifest(
             closed="[CLS]" not in vocabulary,
             stand_in=stand_in,
         ),
-        postprocess=PostprocessSpec(),
-        protocol="refshapes" if loaded.card.training else "lavt480",
+        postprocess=PostprocessSpec(math.log(framing.threshold / (1.0 - framing.threshold))),
+        protocol=_protocol(loaded, framing),
         parts=specs,
         canonical=dialects[0],
         high=loaded.model.high,
@@ -114,6 +117,13 @@ def _manifest(
         },
         parity=parity,
     )
+
+
+def _protocol(loaded: Loaded, framing: Framing) -> str:
+    """How its family is scored; models of RefShapes as RefShapes is."""
+    if loaded.card.training:
+        return "refshapes"
+    return "cris-native" if framing.resize == "letterbox" else "lavt480"
 
 
 def _spec(part: Part) -> PartSpec:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 BATCH = "batch"  # expressions
 IMAGES = "images"  # pictures, in a model with an image part
+HOST = ("pixels", "ids", "words", "image_index")  # in the order of a model's forward
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Framing:
     threshold: probability above which a pixel belongs to the mask.
     """
 
-    resize: str = "squash"
-    filter: str = "bilinear"
+    resize: Literal["squash", "letterbox"] = "squash"
+    filter: Literal["bilinear", "bicubic"] = "bilinear"
     fill: tuple[int, int, int] = (0, 0, 0)
     threshold: float = 0.5
 
@@ -82,60 +83,55 @@ class Rehearsal:
     extra: dict[str, Tensor] | None = None
 
 
-class Config(Protocol):
-    """The fields that every model's configuration (a frozen dataclass) has."""
+class Network(nn.Module):
+    """What refedge asks of a model; a model of one's own is a subclass.
 
-    @property
-    def size(self) -> int:
-        """Pixels per side."""
+    config: a frozen dataclass; it has ``size`` (pixels per side), ``words`` (tokens per expression)
+            and ``vocabulary`` (number of token ids).
+    high:   prefixes of the names of modules that stay in float32 in every plan.
+    tokens: kind of tokenizer: ``wordpiece``, ``clip`` or ``word-level``.
 
-    @property
-    def words(self) -> int:
-        """Tokens per expression."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of token ids."""
-
-
-class Network(Protocol):
-    """What refedge asks of a model, an ``nn.Module`` built from its configuration.
-
-    high:       prefixes of the torch modules that stay in float32 in every plan.
-    tokens:     ``wordpiece``, ``clip`` or ``word-level``: the kind of tokenizer of the paper.
-    map_widths: channels of the maps of a ``Rehearsal``.
+    To be exported and run it needs ``config``, ``encode_text``, ``forward`` and ``parts``; to be
+    trained, ``rehearse`` and ``map_widths``; to be seeded without a checkpoint, ``rescale``.
     """
 
     config: Any
-    high: ClassVar[tuple[str, ...]]
-    tokens: ClassVar[str]
+    high: ClassVar[tuple[str, ...]] = ()
+    tokens: ClassVar[str] = "word-level"
 
     @property
     def framing(self) -> Framing:
         """Preprocessing and threshold."""
+        return Framing()
 
     @property
     def map_widths(self) -> tuple[int, ...]:
         """Channels of ``Rehearsal.maps``."""
+        return ()
 
     def encode_text(self, ids: Tensor, words: Tensor) -> tuple[Tensor, ...]:
         """ids [B, T] int32 and words [B, T] bool to all that depends on the expression alone."""
+        raise NotImplementedError
 
     def forward(
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
     ) -> Tensor:
         """pixels [B or pictures, S, S, 3] uint8 to logits [B, S, S].
 
-        image_index: [B] int64, each expression's picture; None where there is one for each.
+        image_index: [B] integers, each expression's picture; None where there is one for each.
         """
+        raise NotImplementedError
 
     def rehearse(
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor, masks: Tensor
     ) -> Rehearsal:
         """The same with what training looks at; masks [B, S, S] bool are the truth."""
+        return Rehearsal(self(pixels, ids, words, image_index))
 
     def rescale(self, shift: float, scale: float) -> None:
         """Change the last layer so that logits become ``scale * (logits - shift)``."""
+        raise NotImplementedError
 
     def parts(self) -> tuple[Part, ...]:
         """``text``, perhaps ``image``, ``mask``."""
+        raise NotImplementedError

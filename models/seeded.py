@@ -7,16 +7,19 @@ of a real forward, and about two fifths of the pixels are positive, so that pari
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
-from .slvit import SLViT
+from .parts import HOST, Network
 
+N = TypeVar("N", bound=Network)
 POSITIVE = 0.4  # share of pixels that end up above zero on the seed's own images
 
 
 @torch.no_grad()
-def seed_weights(model: SLViT, seed: int) -> SLViT:
+def seed_weights(model: N, seed: int) -> N:
     """Fill a model in place, reproducibly for a given torch version; returns it in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -32,12 +35,7 @@ def seed_weights(model: SLViT, seed: int) -> SLViT:
         norm.momentum = 0.1
     model.eval()
     logits = model(*inputs)
-    threshold = logits.flatten().quantile(1.0 - POSITIVE)
-    scale = 2.0 / logits.std()
-    weight, bias = model.classifier.conv1.parameters()
-    bias[1] -= threshold
-    weight.mul_(scale)
-    bias.mul_(scale)
+    model.rescale(float(logits.flatten().quantile(1.0 - POSITIVE)), float(2.0 / logits.std()))
     return model
 
 
@@ -54,7 +52,10 @@ def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, fan_in**-0.5, generator=generator)
 
 
-def _inputs(model: SLViT, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    text, mask = model.parts()
-    ids, words = text.example(2, seed)
-    return mask.example(2, seed)[0], ids, words
+def _inputs(model: Network, seed: int) -> tuple[Tensor, ...]:
+    """Pixels, ids, words, and the index of pictures where there is an image part."""
+    found: dict[str, Tensor] = {}
+    for part in model.parts():
+        taken = zip((port.name for port in part.inputs), part.example(2, seed), strict=True)
+        found |= {name: value for name, value in taken if name in HOST}
+    return tuple(found[name] for name in HOST if name in found)
