@@ -2,7 +2,7 @@
 
 A backbone, a neck whose coarsest map the sentence gates, a transformer encoder, then the decoder
 of ``mutual_attention``, whose last product of words and pixels is decoded to a mask. There is no
-public code or checkpoint; sizes are the paper's family's, names are this module's own.
+public code or checkpoint; names are this module's own.
 
 With ``early_fusion`` a picture can be kept as far as the projected maps of its backbone; without
 it as the keys and values of every layer of the decoder.
@@ -10,132 +10,28 @@ it as the keys and values of every layer of the decoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .darknet import BLOCKS, WIDTHS, Darknet, unit_pixels
+from .darknet import Darknet, unit_pixels
+from .examples import expressions, photos
 from .gated_neck import GatedNeck
+from .m3att_config import CONFIGS, PAPER, PAPER_DARKNET, TINY, GruConfig, M3AttConfig
 from .m3att_heads import MaskHead, Reconstruction
 from .mscan import normalise_pixels
 from .mutual_attention import MutualDecoder, pick
-from .parts import BATCH, IMAGES, Framing, Part, Port, Rehearsal, pictures
+from .parts import BATCH, IMAGES, Framing, Network, Part, Port, Rehearsal, pictures
 from .recurrent import BiRecurrent, WordVectors
 from .slvit import MEAN, STD
-from .swin import Swin, SwinConfig
-from .text import TextConfig, bert, encode
+from .swin import Swin
+from .text import bert, encode
 from .transformer import EncoderLayer, sine_grid
 
+__all__ = ["CONFIGS", "PAPER", "PAPER_DARKNET", "TINY", "M3Att", "M3AttConfig"]
+
 Tensors = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class DarknetConfig:
-    """Sizes of a Darknet; the defaults are Darknet-53."""
-
-    widths: tuple[int, int, int, int, int, int] = WIDTHS
-    blocks: tuple[int, int, int, int, int] = BLOCKS
-
-
-@dataclass(frozen=True)
-class GruConfig:
-    """Sizes of word vectors under a bidirectional GRU, whose directions are summed.
-
-    vocabulary: rows of the table; words that the data knows, not all that GloVe has.
-    """
-
-    vocabulary: int = 12000
-    embedding: int = 300
-    width: int = 1024
-
-
-@dataclass(frozen=True)
-class M3AttConfig:
-    """Sizes of a M3Att; the defaults are the variant with Swin-B and BERT.
-
-    size:           pixels per side, a multiple of 32.
-    words:          tokens per expression.
-    swin, darknet:  the backbone: one of the two.
-    bert, gru:      the text encoder: one of the two.
-    early_fusion:   the sentence gates the neck.
-    stride:         of the grid where words and pixels meet: 8 or 16.
-    inner, width:   channels inside the neck; of everything after it.
-    hidden:         width of the feed-forward layers.
-    layers:         mutual attentions.
-    head_width, doublings: channels of the mask decoder; how often it doubles the grid.
-    skip:           the mask decoder also sees the neck's map.
-    reconstruction: weight of the language reconstruction's loss.
-    """
-
-    size: int = 480
-    words: int = 20
-    swin: SwinConfig | None = field(default_factory=SwinConfig)
-    darknet: DarknetConfig | None = None
-    bert: TextConfig | None = field(default_factory=TextConfig)
-    gru: GruConfig | None = None
-    early_fusion: bool = True
-    stride: int = 16
-    inner: int = 512
-    width: int = 256
-    heads: int = 8
-    hidden: int = 1024
-    encoder_layers: int = 2
-    layers: int = 3
-    head_width: int = 256
-    doublings: int = 3
-    skip: bool = False
-    reconstruction: float = 0.1
-    threshold: float = 0.35
-
-    def __post_init__(self) -> None:
-        if self.size % 32 or self.stride not in (8, 16):
-            raise ValueError(f"{self.size} pixels, no multiple of 32, or stride {self.stride}")
-        if self.width % (2 * self.heads) or self.width % 4 or self.layers < 1:
-            raise ValueError(f"{self.width} channels, {self.heads} heads, {self.layers} layers")
-        if self.stride % 2**self.doublings:
-            raise ValueError(f"a stride of {self.stride} cannot be doubled {self.doublings} times")
-        if (self.swin is None) == (self.darknet is None):
-            raise ValueError("1 backbone is needed: swin or darknet")
-        if (self.bert is None) == (self.gru is None):
-            raise ValueError("1 text encoder is needed: bert or gru")
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of token ids."""
-        text = self.bert or self.gru
-        return text.vocabulary if text else 0
-
-    @property
-    def side(self) -> int:
-        """Side of the grid where words and pixels meet."""
-        return self.size // self.stride
-
-
-PAPER = M3AttConfig()
-PAPER_DARKNET = M3AttConfig(
-    size=416, words=15, swin=None, darknet=DarknetConfig(), bert=None, gru=GruConfig()
-)
-TINY = M3AttConfig(
-    size=96,
-    swin=None,
-    darknet=DarknetConfig(widths=(8, 16, 32, 64, 96, 128), blocks=(0, 1, 2, 2, 1)),
-    bert=TextConfig(vocabulary=64, width=48, layers=2, heads=4, hidden=96, positions=20),
-    early_fusion=False,
-    stride=8,
-    inner=64,
-    width=64,
-    heads=4,
-    hidden=128,
-    encoder_layers=2,
-    head_width=32,
-    doublings=1,
-    skip=True,
-    threshold=0.5,
-)
-CONFIGS = {"paper": PAPER, "darknet": PAPER_DARKNET, "tiny": TINY}
 
 
 class GruText(nn.Module):
@@ -159,7 +55,7 @@ class _Decoded(NamedTuple):
     maps: Tensors
 
 
-class M3Att(nn.Module):
+class M3Att(Network):
     """The whole network; see the module docstring."""
 
     def __init__(self, config: M3AttConfig = PAPER) -> None:
@@ -193,6 +89,7 @@ class M3Att(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(STD), persistent=False)
 
+    config: M3AttConfig
     positions: Tensor
     mean: Tensor
     std: Tensor
@@ -201,10 +98,8 @@ class M3Att(nn.Module):
 
     @property
     def framing(self) -> Framing:
-        """Swin's variant squashes; Darknet's puts a grey border around."""
-        if self.config.darknet is not None and self.config.gru is not None:
-            return Framing("letterbox", fill=(128, 128, 128), threshold=self.config.threshold)
-        return Framing(threshold=self.config.threshold)
+        """Swin's variant squashes, Darknet's puts a grey border around; both ask for 35 %."""
+        return self.config.framing
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -214,7 +109,7 @@ class M3Att(nn.Module):
     def encode_text(self, ids: Tensor, words: Tensor) -> Tensors:
         """Projected words and the decoder's first state [B, T, D], and the gate if there is one."""
         if self.config.bert is not None:
-            tokens = encode(self.text, ids, words)  # type: ignore[arg-type]
+            tokens = encode(self.text, ids, words)
         else:
             tokens = self.text(ids, words)
         language = torch.where(words[:, :, None], self.language(tokens), 0.0)
@@ -330,19 +225,10 @@ class M3Att(nn.Module):
         return tuple(ports)
 
     def _example_text(self, batch: int, seed: int) -> Tensors:
-        generator = torch.Generator().manual_seed(seed)
-        c = self.config
-        lengths = torch.randint(3, c.words + 1, (batch, 1), generator=generator)
-        words = torch.arange(c.words)[None] < lengths
-        ids = torch.randint(2, c.vocabulary, (batch, c.words), generator=generator)
-        return (ids * words).to(torch.int32), words
+        return expressions(batch, self.config.words, self.config.vocabulary, seed)
 
     def _example_image(self, batch: int, seed: int) -> Tensors:
-        generator = torch.Generator().manual_seed(seed + 1)
-        shape = (pictures(batch), 3, self.config.size // 16, self.config.size // 16)
-        coarse = torch.randint(0, 256, shape, generator=generator).float()
-        pixels = F.interpolate(coarse, scale_factor=16, mode="bilinear").round().to(torch.uint8)
-        return (pixels.permute(0, 2, 3, 1).contiguous(),)
+        return (photos(pictures(batch), self.config.size, seed),)
 
     @torch.no_grad()
     def _example(self, batch: int, seed: int) -> Tensors:

@@ -54,7 +54,8 @@ class MaskHead(nn.Module):
         x = self.logit(x)
         if self.scale > 1:
             x = F.interpolate(x, scale_factor=float(self.scale), mode="bilinear")
-        return x.squeeze(1)
+        logits: Tensor = x.squeeze(1)
+        return logits
 
 
 class Reconstruction(nn.Module):
@@ -79,7 +80,8 @@ class Reconstruction(nn.Module):
         x = F.relu(self.take(_with_sentence(product, words)) + self.positions)
         found = self.give(F.relu(self.hidden(x)))
         valid = F.pad(words, (1, 0), value=True)
-        return ((found - wanted).square().mean(2) * valid).sum() / valid.sum()
+        error: Tensor = (found - wanted).square().mean(2) * valid
+        return error.sum() / valid.sum()
 
 
 def _with_sentence(x: Tensor, words: Tensor) -> Tensor:

@@ -88,9 +88,7 @@ class MutualDecoder(nn.Module):
         self.language = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
         self.vision = nn.Linear(width, 2 * layers * width)
         self.mutual = nn.ModuleList(MutualAttention() for _ in range(layers))
-        self.between = nn.ModuleList(
-            Interaction(width, hidden, pixels) for _ in range(layers - 1)
-        )
+        self.between = nn.ModuleList(Interaction(width, hidden, pixels) for _ in range(layers - 1))
         self.register_buffer("positions", sine_row(words, width), persistent=False)
         self.heads = heads
 
