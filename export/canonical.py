@@ -89,7 +89,8 @@ def _merge_dimension_names(model: onnx.ModelProto) -> None:
         shape = value.type.tensor_type.shape
         for axis, dim in enumerate(shape.dim):
             if dim.HasField("dim_param"):
-                dim.dim_param = "batch" if axis == 0 else dim.dim_param
+                if axis == 0 and dim.dim_param != "images":
+                    dim.dim_param = "batch"
 
 
 def _name_modules(model: onnx.ModelProto) -> None:
