@@ -248,8 +248,8 @@ class STEP(nn.Module):
     def __init__(self, config: STEPConfig = PAPER) -> None:
         super().__init__()
         self.config = c = config
-        self.embedding = WordVectors(c.vocabulary, c.word_width)
-        self.lstm = BiRecurrent("lstm", c.word_width, c.hidden)
+        self.embeddings = WordVectors(c.vocabulary, c.word_width)
+        self.recurrent = BiRecurrent("lstm", c.word_width, c.hidden)
         self.ht = nn.Linear(2 * c.hidden, c.key)
         self.psi = nn.Linear(2 * c.hidden, c.joint)
         self.backbone = DeepLab(c.backbone)
@@ -265,9 +265,14 @@ class STEP(nn.Module):
         self.heat = HeatMap()
         self.gru = ConvGRU(3 if c.echoes else 1, c.filters)
         self.head = nn.Conv2d(c.filters, 1, 1)
+        # of the last mask's logits, see rescale
+        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
         self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(STD), persistent=False)
 
+    shift: Tensor
+    scale: Tensor
     mean: Tensor
     std: Tensor
     # float32 in every precision plan: norms, the pooling by probabilities, coordinates, last layer
@@ -296,7 +301,7 @@ class STEP(nn.Module):
         keys are the paper's ht; values are psi's linear layer applied to every word, bias and all,
         which is the same as applying it to a mean of words.
         """
-        states = self.lstm(self.embedding(ids), words)
+        states = self.recurrent(self.embeddings(ids), words)
         return self.ht(states).transpose(1, 2), self.psi(states)
 
     def atrous_maps(self, pixels: Tensor) -> list[Tensor]:
@@ -342,8 +347,9 @@ class STEP(nn.Module):
             echoes = (mask, heat) if c.echoes else ()
         return logits, attention
 
-    def upsample(self, logits: Tensor) -> Tensor:
-        """[B, 1, h, w] to [B, S, S]."""
+    def output(self, logits: Tensor) -> Tensor:
+        """The last step's [B, 1, h, w] to [B, S, S]."""
+        logits = (logits - self.shift) * self.scale
         scale = float(self.config.stride)
         return F.interpolate(logits, scale_factor=scale, mode="bilinear").squeeze(1)
 
@@ -353,7 +359,7 @@ class STEP(nn.Module):
         if image_index is not None:
             image = tuple(x.index_select(0, image_index) for x in image)
         logits, _ = self.steps(words, products[:2], image)
-        return self.upsample(logits[-1])
+        return self.output(logits[-1])
 
     def forward(
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
@@ -375,7 +381,7 @@ class STEP(nn.Module):
             early, truth.expand_as(early), weight=1.0 + 3.0 * truth
         )
         return Rehearsal(
-            logits=self.upsample(logits[-1]),
+            logits=self.output(logits[-1]),
             maps=tuple(maps),
             attention=tuple(a.transpose(1, 2) for a in attention),
             extra={"steps": EARLY * loss},
@@ -383,15 +389,9 @@ class STEP(nn.Module):
 
     @torch.no_grad()
     def rescale(self, shift: float, scale: float) -> None:
-        """Make logits ``scale * (logits - shift)``.
-
-        Not to the last digit: masks on the way are read out by the same layer, and guide (weakly)
-        what the next step looks for.
-        """
-        weight, bias = self.head.weight, self.head.bias
-        weight.mul_(scale)
-        if bias is not None:
-            bias.sub_(shift).mul_(scale)
+        """Exact: masks on the way, which the loop looks at again, stay as they are."""
+        self.shift += shift / self.scale
+        self.scale *= scale
 
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for the loop."""
