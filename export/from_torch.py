@@ -15,21 +15,20 @@ import onnx
 import torch
 
 from ..errors import ExportError
-from ..models.parts import BATCH, Part
+from ..models.parts import BATCH, IMAGES, Part
 from .canonical import OPSET, canonical
 
-_TRACED_BATCH = 2  # a batch of 1 would be taken for a constant
+_TRACED_BATCH = 4  # 2 pictures; a size of 1 would be taken for a constant
 _LARGEST_BATCH = 64
 
 
 def to_onnx(part: Part) -> onnx.ModelProto:
     """Trace one part and bring the graph into refedge's canonical form.
 
-    The batch is dynamic, everything else fixed: fp32, opset 20, ``ir_version`` 10.
+    Expressions and pictures are dynamic, everything else fixed: fp32, opset 20, ``ir_version`` 10.
     Raises ExportError where torch cannot trace the module.
     """
     inputs = part.example(_TRACED_BATCH, 0)
-    batch = torch.export.Dim(BATCH, min=1, max=_LARGEST_BATCH)
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
@@ -41,7 +40,7 @@ def to_onnx(part: Part) -> onnx.ModelProto:
                 verbose=False,
                 input_names=[port.name for port in part.inputs],
                 output_names=[port.name for port in part.outputs],
-                dynamic_shapes=_dynamic(part, batch),
+                dynamic_shapes=_dynamic(part),
             )
     except Exception as error:  # whatever a user's forward raises while it is traced
         raise ExportError(
@@ -60,9 +59,10 @@ def to_onnx(part: Part) -> onnx.ModelProto:
     return canonical(program.model_proto, part.name)
 
 
-def _dynamic(part: Part, batch: Any) -> Any:
-    """Axis 0 of every input is the batch; a ``*args`` forward wants its tail as one tuple."""
-    axes = [{0: batch} for _ in part.inputs]
+def _dynamic(part: Part) -> Any:
+    """Axis 0 of every input is dynamic; a ``*args`` forward wants its tail as one tuple."""
+    dims = {n: torch.export.Dim(n, min=1, max=_LARGEST_BATCH) for n in (BATCH, IMAGES)}
+    axes = [{0: dims[str(port.shape[0])]} for port in part.inputs]
     code = part.module.forward.__code__
     named = code.co_argcount - 1
     if code.co_flags & 0x04:  # CO_VARARGS
