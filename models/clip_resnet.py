@@ -2,8 +2,8 @@
 
 Radford et al., ICML 2021: a stem of three convolutions, strides as average pools, attention instead
 of a mean at the end. Wang et al., "CRIS: CLIP-driven referring image segmentation", CVPR 2022, keep
-every place of that attention, drop its query of the mean and add a shortcut (``connect``). Names are
-those of ``visual`` in OpenAI's archives; only ``connect`` is not in there. All maps [B, C, H, W].
+every place of that attention, drop its query of the mean and add a shortcut (``connect``). Names
+are those of ``visual`` in OpenAI's archives; ``connect`` alone is not in there. Maps [B, C, H, W].
 """
 
 from __future__ import annotations

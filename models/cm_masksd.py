@@ -12,6 +12,7 @@ Late fusion: the picture's features meet the expression at the neck's gate only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from .mscan import normalise_pixels
 from .parts import BATCH, IMAGES, Framing, Part, Port, Rehearsal, pictures
 
 Tensors = tuple[Tensor, ...]
+PRODUCTS = 5  # tensors that the text part gives
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class CMMaskSD(nn.Module):
         return tuple(width for width, _ in self.config.levels)
 
     def encode_text(self, ids: Tensor, words: Tensor) -> Tensors:
-        """ids [B, T] int32 and words [B, T] bool to gate, keys, values, kernel and offset."""
+        """The ``text`` part: gate, keys, values, kernel and offset; see ``parts.Network``."""
         return self.speak(self.read(embed_words(self.clip.text_model, ids), words), words)
 
     def read(self, embedded: Tensor, words: Tensor) -> Tensor:
@@ -220,6 +222,16 @@ class CMMaskSD(nn.Module):
     def look(self, pixels: Tensor) -> Tensors:
         """pixels [P, S, S, 3] uint8 to the visual tower's maps."""
         return self.clip.look(normalise_pixels(pixels, self.mean, self.std))
+
+    def encode_image(self, pixels: Tensor) -> Tensors:
+        """The ``image`` part: pixels [P, S, S, 3] uint8 to what the neck makes of a picture."""
+        seen: Tensors = self.neck.look(self.look(pixels))
+        return seen
+
+    def segment(self, image_index: Tensor, words: Tensor, *rest: Tensor) -> Tensor:
+        """The ``mask`` part: what the others gave, text first, to logits [B, S, S]."""
+        seen = _rows(rest[PRODUCTS:], image_index)
+        return self.enlarge(self.decode(seen, words, rest[:PRODUCTS])[0])
 
     def decode(self, seen: Tensors, words: Tensor, products: Tensors) -> tuple[Tensor, Tensors]:
         """The neck's maps, a row for every expression, to logits [B, h, w] and attention."""
@@ -237,7 +249,7 @@ class CMMaskSD(nn.Module):
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
     ) -> Tensor:
         """pixels [B or P, S, S, 3] uint8 to logits [B, S, S]; see ``parts.Network``."""
-        seen = _rows(self.neck.look(self.look(pixels)), image_index)
+        seen = _rows(self.encode_image(pixels), image_index)
         return self.enlarge(self.decode(seen, words, self.encode_text(ids, words))[0])
 
     def rehearse(
@@ -296,9 +308,9 @@ class CMMaskSD(nn.Module):
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         mask = (index, words, *products, *seen)
         return (
-            Part("text", _TextPart(self), (ids, words), products, self._example_text),
-            Part("image", _ImagePart(self), (pixels,), seen, self._example_image),
-            Part("mask", _MaskPart(self), mask, (logits,), self._example),
+            Part("text", _Method(self, "encode_text"), (ids, words), products, self._example_text),
+            Part("image", _Method(self, "encode_image"), (pixels,), seen, self._example_image),
+            Part("mask", _Method(self, "segment"), mask, (logits,), self._example),
         )
 
     def _example_text(self, batch: int, seed: int) -> Tensors:
@@ -321,7 +333,7 @@ class CMMaskSD(nn.Module):
         index = (torch.arange(batch) % pictures(batch)).to(torch.int32)
         with torch.no_grad():
             products = self.encode_text(ids, words)
-            seen = self.neck.look(self.look(*self._example_image(batch, seed)))
+            seen = self.encode_image(*self._example_image(batch, seed))
         return (index, words, *products, *seen)
 
 
@@ -330,30 +342,12 @@ def _rows(maps: Tensors, index: Tensor | None) -> Tensors:
     return maps if index is None else tuple(m.index_select(0, index) for m in maps)
 
 
-class _TextPart(nn.Module):
-    def __init__(self, model: CMMaskSD) -> None:
+class _Method(nn.Module):
+    """One function of the model as a module."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.name = model, name
 
-    def forward(self, ids: Tensor, words: Tensor) -> Tensors:
-        return self.model.encode_text(ids, words)
-
-
-class _ImagePart(nn.Module):
-    def __init__(self, model: CMMaskSD) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensors:
-        seen: Tensors = self.model.neck.look(self.model.look(pixels))
-        return seen
-
-
-class _MaskPart(nn.Module):
-    def __init__(self, model: CMMaskSD) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image_index: Tensor, words: Tensor, *products: Tensor) -> Tensor:
-        seen = _rows(products[5:], image_index)
-        return self.model.enlarge(self.model.decode(seen, words, products[:5])[0])
+    def forward(self, *inputs: Tensor) -> Any:
+        return getattr(self.model, self.name)(*inputs)

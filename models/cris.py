@@ -28,9 +28,7 @@ def conv_layer(width_in: int, width: int, kernel: int) -> nn.Sequential:
 
 def linear_layer(width_in: int, width: int) -> nn.Sequential:
     """The same for vectors [B, C]."""
-    return nn.Sequential(
-        nn.Linear(width_in, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()
-    )
+    return nn.Sequential(nn.Linear(width_in, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
 
 
 class CoordConv(nn.Module):
@@ -109,7 +107,7 @@ class PyramidNeck(nn.Module):
         return factor
 
     def look(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """All that depends on the picture alone: [B, C/2, g, g], [B, C, g, g], [B, 2C, g/2, g/2]."""
+        """All that depends on the picture alone: C/2 and C channels at g, 2C at g/2."""
         fine = F.avg_pool2d(self.f3_v_proj(maps[0]), 2)
         return fine, self.f2_v_proj(maps[1]), self.f1_v_proj(maps[2])
 
