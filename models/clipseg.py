@@ -74,6 +74,8 @@ class CLIPSegConfig:
             raise ValueError(f"{self.size} pixels or {self.words} words do not fit the towers")
         if not 0 <= self.condition < len(self.layers) or max(self.layers) >= self.vision.layers:
             raise ValueError(f"layers {self.layers} do not fit {self.vision.layers}")
+        if self.refined and self.vision.patch != 16:
+            raise ValueError(f"three convolutions enlarge 16 times, not {self.vision.patch}")
 
     @property
     def vocabulary(self) -> int:
@@ -95,6 +97,7 @@ TINY = CLIPSegConfig(
     width=48,
     heads=4,
     hidden=96,
+    refined=False,
     text=ClipText(vocabulary=64, width=48, layers=2, heads=4, positions=20),
     vision=ClipVision(patch=8, width=96, layers=3, heads=4),
 )
@@ -298,6 +301,8 @@ def _transformers_config(config: CLIPSegConfig) -> TransformersConfig:
             "num_hidden_layers": text.layers,
             "num_attention_heads": text.heads,
             "max_position_embeddings": text.positions,
+            "bos_token_id": text.vocabulary - 2,
+            "eos_token_id": text.vocabulary - 1,
         },
         vision_config={
             "image_size": config.size,

