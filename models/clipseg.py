@@ -134,7 +134,7 @@ class CLIPSeg(nn.Module):
         """Channels of ``Rehearsal.maps``: there are none."""
         return ()
 
-    def encode_text(self, ids: Tensor, words: Tensor) -> Tensors:
+    def encode_text(self, ids: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """ids [B, T] int32 and words [B, T] bool to FiLM's factor and shift, both [B, 1, W]."""
         tower = self.clip.text_model
         features = encode_words(tower, embed_words(tower, ids), words)
@@ -181,11 +181,10 @@ class CLIPSeg(nn.Module):
     @torch.no_grad()
     def rescale(self, shift: float, scale: float) -> None:
         """Logits become ``scale * (logits - shift)``."""
-        last = self.decoder.transposed_convolution
-        last = last[-1] if isinstance(last, nn.Sequential) else last
-        last.bias -= shift
-        last.weight *= scale
-        last.bias *= scale
+        enlarge = self.decoder.transposed_convolution
+        last: Any = enlarge[-1] if isinstance(enlarge, nn.Sequential) else enlarge
+        last.bias.sub_(shift).mul_(scale)
+        last.weight.mul_(scale)
 
     def parts(self) -> tuple[Part, ...]:
         """The three graphs: ``text`` per expression, ``image`` per picture, ``mask``."""

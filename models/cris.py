@@ -48,10 +48,11 @@ class CoordConv(nn.Module):
     places: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, seen = self.conv1[0].weight, x.shape[1]
+        weight, seen = self.conv1.get_parameter("0.weight"), x.shape[1]
         y = F.conv2d(x, weight[:, :seen], padding=1)
         y = y + F.conv2d(self.places, weight[:, seen:], padding=1)
-        return F.relu(self.conv1[1](y))
+        moved: Tensor = self.conv1[1:](y)
+        return moved
 
 
 class Neck(nn.Module):
@@ -234,7 +235,8 @@ class Decoder(nn.Module):
         """
         placed = features + self.order
         valid = words[:, None, None].to(features.dtype)
-        pairs = [layer.multihead_attn.keys_values(placed, features) for layer in self.layers]
+        layers = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
+        pairs = [layer.multihead_attn.keys_values(placed, features) for layer in layers]
         keys = torch.stack([keys * valid for keys, _ in pairs], dim=1)
         return keys, torch.stack([values * valid.transpose(2, 3) for _, values in pairs], dim=1)
 
@@ -299,11 +301,11 @@ class Projector(nn.Module):
 
     def kernel(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The sentence [B, E] to the kernel [B, 9, C] and what each tap adds, [B, 9, 1]."""
-        made, last = self.txt(state), self.vis[4]
-        taps = made[:, :-1].reshape(-1, last.out_channels, TAPS).transpose(1, 2)
+        weight, bias = (self.vis.get_parameter(f"4.{n}") for n in ("weight", "bias"))
+        made = self.txt(state)
+        taps = made[:, :-1].reshape(-1, len(bias), TAPS).transpose(1, 2)
         centre = F.pad(made[:, -1:], (CENTRE, TAPS - 1 - CENTRE))[:, :, None]
-        offset = taps @ last.bias[:, None] + centre
-        return taps @ last.weight[:, :, 0, 0], offset
+        return taps @ weight[:, :, 0, 0], taps @ bias[:, None] + centre
 
     def forward(self, x: Tensor, kernel: Tensor, offset: Tensor) -> Tensor:
         """A map [B, C, g, g] to logits [B, 1, e * g, e * g]."""
@@ -314,5 +316,5 @@ class Projector(nn.Module):
     def rescale(self, shift: float, scale: float) -> None:
         """Logits become ``scale * (logits - shift)``."""
         self.txt.bias[-1] -= shift
-        self.txt.weight *= scale
-        self.txt.bias *= scale
+        self.txt.weight.mul_(scale)
+        self.txt.bias.mul_(scale)
