@@ -236,8 +236,14 @@ def bench(
     if expressions is not None:
         from .benchmarks import scene
 
-        timing = {"plans": plans or None, "threads": threads, "rounds": rounds}
-        times = scene.scene_times(bundle, count=expressions, progress=_progress("timing"), **timing)
+        times = scene.scene_times(
+            bundle,
+            count=expressions,
+            plans=plans or None,
+            threads=threads,
+            rounds=rounds,
+            progress=_progress("timing"),
+        )
         _table(f"{expressions} expressions about one picture", *scene.table(times))
         if output is not None:
             scene.write_scene_times(times, output, bundle, expressions)

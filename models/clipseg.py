@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from .clip import (
     resize_positions,
 )
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Part, Port, Rehearsal, pictures
+from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
 
 Tensors = tuple[Tensor, ...]
 POSITIONS = "clip.vision_model.embeddings.position_embedding.weight"
@@ -104,7 +103,7 @@ TINY = CLIPSegConfig(
 CONFIGS = {"paper": PAPER, "tiny": TINY}
 
 
-class CLIPSeg(nn.Module):
+class CLIPSeg(Network):
     """The whole network; see the module docstring."""
 
     def __init__(self, config: CLIPSegConfig = PAPER) -> None:
@@ -123,6 +122,7 @@ class CLIPSeg(nn.Module):
     # FiLM's factors, one number per channel for the whole picture
     high = ("decoder.film_mul", "decoder.film_add")
     tokens = "clip"
+    config: CLIPSegConfig
 
     @property
     def framing(self) -> Framing:
@@ -197,31 +197,10 @@ class CLIPSeg(nn.Module):
         index = Port("image_index", "int32", (BATCH,))
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         return (
-            Part("text", _Method(self, "encode_text"), (ids, words), film, self._example_text),
-            Part("image", _Method(self, "encode_image"), (pixels,), (seen,), self._example_image),
-            Part("mask", _Method(self, "segment"), (index, *film, seen), (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), film),
+            Part("image", Method(self, self.encode_image), (pixels,), (seen,)),
+            Part("mask", Method(self, self.segment), (index, *film, seen), (logits,)),
         )
-
-    def _example_text(self, batch: int, seed: int) -> Tensors:
-        generator = torch.Generator().manual_seed(seed)
-        c = self.config
-        lengths = torch.randint(min(3, c.words), c.words + 1, (batch, 1), generator=generator)
-        words = torch.arange(c.words)[None] < lengths
-        ids = torch.randint(2, c.vocabulary, (batch, c.words), generator=generator)
-        return (ids * words).to(torch.int32), words
-
-    def _example_image(self, batch: int, seed: int) -> Tensors:
-        generator = torch.Generator().manual_seed(seed + 1)
-        shape = (pictures(batch), 3, self.config.grid, self.config.grid)
-        coarse = torch.randint(0, 256, shape, generator=generator).float()
-        pixels = F.interpolate(coarse, scale_factor=self.config.vision.patch, mode="bilinear")
-        return (pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(),)
-
-    def _example(self, batch: int, seed: int) -> Tensors:
-        index = (torch.arange(batch) % pictures(batch)).to(torch.int32)
-        with torch.no_grad():
-            film = self.encode_text(*self._example_text(batch, seed))
-            return index, *film, self.encode_image(*self._example_image(batch, seed))
 
 
 def from_folder(folder: Path, size: int = 352, words: int | None = None) -> CLIPSeg:
@@ -320,14 +299,3 @@ def _transformers_config(config: CLIPSegConfig) -> TransformersConfig:
         use_complex_transposed_convolution=config.refined,
         attn_implementation="eager",
     )
-
-
-class _Method(nn.Module):
-    """One function of the model as a module."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        super().__init__()
-        self.model, self.name = model, name
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return getattr(self.model, self.name)(*inputs)

@@ -12,7 +12,6 @@ Late fusion: the picture's features meet the expression at the neck's gate only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ from .clip_resnet import ClipResNet, ModifiedResNet
 from .cris import Decoder, Neck, Projector, PyramidNeck
 from .distil import MaskedBranches
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Part, Port, Rehearsal, pictures
+from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
 
 Tensors = tuple[Tensor, ...]
 PRODUCTS = 5  # tensors that the text part gives
@@ -167,7 +166,7 @@ class Clip(nn.Module):
         return (places.transpose(1, 2).reshape(-1, places.shape[2], self.grid, self.grid),)
 
 
-class CMMaskSD(nn.Module):
+class CMMaskSD(Network):
     """The whole network; see the module docstring."""
 
     def __init__(self, config: CMMaskSDConfig = PAPER) -> None:
@@ -194,6 +193,7 @@ class CMMaskSD(nn.Module):
     # the last layer, whose kernel the sentence makes
     high = ("projector.dynamic", "projector.txt")
     tokens = "clip"
+    config: CMMaskSDConfig
 
     @property
     def framing(self) -> Framing:
@@ -308,46 +308,12 @@ class CMMaskSD(nn.Module):
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         mask = (index, words, *products, *seen)
         return (
-            Part("text", _Method(self, "encode_text"), (ids, words), products, self._example_text),
-            Part("image", _Method(self, "encode_image"), (pixels,), seen, self._example_image),
-            Part("mask", _Method(self, "segment"), mask, (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), products),
+            Part("image", Method(self, self.encode_image), (pixels,), seen),
+            Part("mask", Method(self, self.segment), mask, (logits,)),
         )
-
-    def _example_text(self, batch: int, seed: int) -> Tensors:
-        generator = torch.Generator().manual_seed(seed)
-        c = self.config
-        lengths = torch.randint(min(3, c.words), c.words + 1, (batch, 1), generator=generator)
-        words = torch.arange(c.words)[None] < lengths
-        ids = torch.randint(2, c.vocabulary, (batch, c.words), generator=generator)
-        return (ids * words).to(torch.int32), words
-
-    def _example_image(self, batch: int, seed: int) -> Tensors:
-        generator = torch.Generator().manual_seed(seed + 1)
-        side = self.config.size // 16
-        coarse = torch.randint(0, 256, (pictures(batch), 3, side, side), generator=generator)
-        pixels = F.interpolate(coarse.float(), scale_factor=16, mode="bilinear").round()
-        return (pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous(),)
-
-    def _example(self, batch: int, seed: int) -> Tensors:
-        ids, words = self._example_text(batch, seed)
-        index = (torch.arange(batch) % pictures(batch)).to(torch.int32)
-        with torch.no_grad():
-            products = self.encode_text(ids, words)
-            seen = self.encode_image(*self._example_image(batch, seed))
-        return (index, words, *products, *seen)
 
 
 def _rows(maps: Tensors, index: Tensor | None) -> Tensors:
     """Each expression's picture's row."""
     return maps if index is None else tuple(m.index_select(0, index) for m in maps)
-
-
-class _Method(nn.Module):
-    """One function of the model as a module."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        super().__init__()
-        self.model, self.name = model, name
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return getattr(self.model, self.name)(*inputs)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .deeplab import DeepLab, DeepLabConfig
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Part, Port, Rehearsal, pictures
+from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
 from .recurrent import BiRecurrent, WordVectors
 from .text import MASKED
 
@@ -216,7 +216,7 @@ class ConvGRU(nn.Module):
     def forward(self, x: Tensor, h: Tensor | None) -> Tensor:
         weight = self.inputs.weight[:, : x.shape[1]]
         seen = F.conv2d(x, weight, self.inputs.bias, padding=1)
-        gates, new = torch.split(seen, (2 * self.filters, self.filters), 1)
+        gates, new = torch.split(seen, [2 * self.filters, self.filters], 1)
         if h is None:
             return torch.sigmoid(-gates[:, self.filters :]) * torch.tanh(new)
         reset, keep = torch.sigmoid(gates + self.gates(h)).chunk(2, 1)
@@ -238,7 +238,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-class STEP(nn.Module):
+class STEP(Network):
     """The whole network; see the module docstring.
 
     Per level: ``atrous``, and two 1x1 convolutions of its map, ``vt`` into the space of the words'
@@ -284,6 +284,7 @@ class STEP(nn.Module):
         *(f"atrous.{level}.place" for level in range(LEVELS)),
     )
     tokens = "word-level"
+    config: STEPConfig
 
     @property
     def framing(self) -> Framing:
@@ -410,57 +411,7 @@ class STEP(nn.Module):
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         given = (words, index, keys, values, *products)
         return (
-            Part("text", _Text(self), (ids, words), (keys, values), self._example_text),
-            Part("image", _Image(self), (pixels,), products, self._example_image),
-            Part("mask", _Mask(self), given, (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), (keys, values)),
+            Part("image", Method(self, self.encode_image), (pixels,), products),
+            Part("mask", Method(self, self.decode), given, (logits,)),
         )
-
-    def _example_text(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        c = self.config
-        lengths = torch.randint(3, c.words + 1, (batch, 1), generator=generator)
-        words = torch.arange(c.words)[None] < lengths
-        ids = torch.randint(2, c.vocabulary, (batch, c.words), generator=generator)
-        return (ids * words).to(torch.int32), words
-
-    def _example_image(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed + 1)
-        side = self.config.size
-        shape = (pictures(batch), 3, side // 8, side // 8)
-        coarse = torch.randint(0, 256, shape, generator=generator).float()
-        pixels = F.interpolate(coarse, scale_factor=8, mode="bilinear").round().to(torch.uint8)
-        return (pixels.permute(0, 2, 3, 1).contiguous(),)
-
-    @torch.no_grad()
-    def _example(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        ids, words = self._example_text(batch, seed)
-        index = (torch.arange(batch) // 2).to(torch.int32)
-        image = self.encode_image(*self._example_image(batch, seed))
-        return (words, index, *self.encode_text(ids, words), *image)
-
-
-class _Text(nn.Module):
-    def __init__(self, model: STEP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, words: Tensor) -> Products:
-        return self.model.encode_text(ids, words)
-
-
-class _Image(nn.Module):
-    def __init__(self, model: STEP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Products:
-        return self.model.encode_image(pixels)
-
-
-class _Mask(nn.Module):
-    def __init__(self, model: STEP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, words: Tensor, image_index: Tensor, *products: Tensor) -> Tensor:
-        return self.model.decode(words, image_index, *products)
