@@ -14,7 +14,7 @@ import onnx
 
 from ..models.checkpoint import Loaded
 from ..models.parts import Part, Port
-from ..models.tokenizers import STAND_IN
+from ..models.tokenizers import STAND_IN, rules
 from ..runtime.manifest import (
     DialectSpec,
     Manifest,
@@ -84,7 +84,7 @@ def _manifest(
     parity: dict[str, Any],
 ) -> Manifest:
     config = loaded.model.config
-    vocabulary = loaded.tokenizer.get_vocab()
+    rule = rules(loaded.tokenizer)
     stand_in = loaded.card.tokenizer == STAND_IN
     return Manifest(
         model=loaded.card.model,
@@ -93,10 +93,11 @@ def _manifest(
         tokenizer=TokenizerSpec(
             "tokenizer.json",
             words=config.words,
-            pad=vocabulary["[PAD]"],
-            unknown=vocabulary["[UNK]"],
-            closed="[CLS]" not in vocabulary,
+            pad=rule.pad,
+            unknown=rule.unknown,
+            closed=rule.closed,
             stand_in=stand_in,
+            truncation=rule.truncation,
         ),
         postprocess=PostprocessSpec(),
         protocol="refshapes" if loaded.card.training else "lavt480",
