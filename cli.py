@@ -266,7 +266,7 @@ def compare(before: Path, after: Path, slower: float, lower: float) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--config", default="tiny", show_default=True)
+@click.option("--model", default="slvit:tiny", show_default=True, help="Model and configuration.")
 @click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
 @click.option("--difficulty", default="lite", show_default=True)
 @click.option("--steps", type=int, default=7000, show_default=True)
@@ -278,7 +278,7 @@ def compare(before: Path, after: Path, slower: float, lower: float) -> None:
 @click.option("--every", type=int, default=500, show_default=True, help="Steps between scores.")
 def train(
     folder: Path,
-    config: str,
+    model: str,
     size: int | None,
     difficulty: str,
     steps: int,
@@ -289,7 +289,7 @@ def train(
     threads: int | None,
     every: int,
 ) -> None:
-    """Train SLViT on RefShapes into FOLDER; run again to go on where it stopped."""
+    """Train a model on RefShapes into FOLDER; run again to go on where it stopped."""
     import torch
 
     from .models.checkpoint import configuration_named
@@ -299,8 +299,9 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = Recipe(difficulty=difficulty, steps=steps, seed=seed, bfloat16=bf16)
-    settings = configuration_named("slvit", config, size)
-    run(settings, recipe, folder, device=device, workers=workers, every=every, say=_say)
+    name, _, configuration = model.partition(":")
+    config = configuration_named(name, configuration or "tiny", size)
+    run(name, config, recipe, folder, device=device, workers=workers, every=every, say=_say)
 
 
 @main.command()

@@ -170,7 +170,7 @@ def evaluate(
 def predict(segmenter: Segmenter, item: Item, protocol: Protocol) -> list[Bools]:
     """Masks of an item's queries in the protocol's space."""
     found = logits_of(segmenter, item.pixels, [q.text for q in item.queries])
-    return [protocol.predicted(resize_logits(logits, item.size)) for logits in found]
+    return [protocol.predicted(resize_logits(one, item.size, item.frame)) for one in found]
 
 
 def logits_of(
@@ -178,8 +178,7 @@ def logits_of(
 ) -> npt.NDArray[np.float32]:
     """[expressions, h, w] logits of several expressions about one picture at the model's size."""
     products = [segmenter.text(segmenter.tokenize(t))[0] for t in texts]
-    repeated = np.broadcast_to(pixels[None], (len(texts), *pixels.shape))
-    return segmenter.logits(np.ascontiguousarray(repeated), products)
+    return segmenter.logits(segmenter.image(pixels[None]), products)
 
 
 def artefacts(segmenter: Segmenter) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -42,10 +42,11 @@ class Runner(Protocol):
     def recall(self, tokens: Tokens) -> Any:
         """The same, kept from the first time that these tokens were asked for."""
 
-    def mask(
-        self, pixels: npt.NDArray[np.uint8], tokens: Tokens, products: Any
-    ) -> npt.NDArray[np.float32]:
-        """Logits [h, w] of pixels [h, w, 3] and the products of ``text``."""
+    def image(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        """What ``mask`` takes of pixels [h, w, 3]: the image part's features, if there is one."""
+
+    def mask(self, features: Any, tokens: Tokens, products: Any) -> npt.NDArray[np.float32]:
+        """Logits [h, w] of what ``image`` and ``text`` gave."""
 
 
 class PlanRunner:
@@ -67,11 +68,13 @@ class PlanRunner:
         """The text graph's outputs through the segmenter's own cache."""
         return self.segmenter.text(tokens)[0]
 
-    def mask(
-        self, pixels: npt.NDArray[np.uint8], tokens: Tokens, products: Any
-    ) -> npt.NDArray[np.float32]:
+    def image(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        """The image graph, if there is one."""
+        return self.segmenter.image(pixels[None])
+
+    def mask(self, features: Any, tokens: Tokens, products: Any) -> npt.NDArray[np.float32]:
         """The mask graph."""
-        logits: npt.NDArray[np.float32] = self.segmenter.logits(pixels[None], [products])[0]
+        logits: npt.NDArray[np.float32] = self.segmenter.logits(features, [products])[0]
         return logits
 
 
@@ -83,7 +86,7 @@ class TorchRunner:
 
         self.bundle = bundle
         self._torch = torch
-        self._model = loaded.model.eval()
+        self._parts = {part.name: part for part in loaded.model.eval().parts()}
         spec = bundle.manifest.tokenizer
         self._tokenizer = ExpressionTokenizer(bundle.file(spec.file).read_bytes(), spec)
         self._kept: dict[bytes, Any] = {}
@@ -93,12 +96,8 @@ class TorchRunner:
         return self._tokenizer.encode(expression)
 
     def text(self, tokens: Tokens) -> Any:
-        """The text products of every block."""
-        torch = self._torch
-        with torch.inference_mode():
-            return self._model.encode_text(
-                torch.from_numpy(tokens.ids[None]), torch.from_numpy(tokens.words[None])
-            )
+        """What depends on the expression alone."""
+        return self._run("text", self._host(tokens))
 
     def recall(self, tokens: Tokens) -> Any:
         """The same, kept by the ids, as a segmenter keeps them."""
@@ -107,16 +106,28 @@ class TorchRunner:
             self._kept[key] = self.text(tokens)
         return self._kept[key]
 
-    def mask(
-        self, pixels: npt.NDArray[np.uint8], tokens: Tokens, products: Any
-    ) -> npt.NDArray[np.float32]:
-        """Encoder and decoder."""
-        torch = self._torch
-        with torch.inference_mode():
-            words = torch.from_numpy(tokens.words[None])
-            found = self._model.features(torch.tensor(pixels[None]), words, products)
-            logits: npt.NDArray[np.float32] = self._model.decode(*found)[0].numpy()
+    def image(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        """What depends on the picture alone; the pixels where nothing does."""
+        known = {"pixels": self._torch.tensor(pixels[None])}
+        return self._run("image", known) if "image" in self._parts else known
+
+    def mask(self, features: Any, tokens: Tokens, products: Any) -> npt.NDArray[np.float32]:
+        """The rest of the model."""
+        index = {"image_index": self._torch.zeros(1, dtype=self._torch.int32)}
+        known = self._host(tokens) | products | features | index
+        logits: npt.NDArray[np.float32] = self._run("mask", known)["logits"][0].numpy()
         return logits
+
+    def _host(self, tokens: Tokens) -> dict[str, Any]:
+        arrays = {"ids": tokens.ids[None], "words": tokens.words[None]}
+        return {name: self._torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _run(self, name: str, known: dict[str, Any]) -> dict[str, Any]:
+        part = self._parts[name]
+        with self._torch.inference_mode():
+            found = part.module(*(known[port.name] for port in part.inputs))
+        outputs = found if isinstance(found, tuple) else (found,)
+        return dict(zip((port.name for port in part.outputs), outputs, strict=True))
 
 
 @contextmanager
@@ -164,17 +175,17 @@ def open_original(manifest: Manifest, name: str | None = None) -> Original:
 
 def _find(manifest: Manifest) -> str:
     """A shipped checkpoint of the same hash, or the configuration of seeded weights."""
-    from ..models.checkpoint import CARD, SHIPPED, shipped
-    from ..models.slvit import CONFIGS
+    from ..models.checkpoint import CARD, SHIPPED, plain, shipped
+    from ..models.families import families, family
 
     wanted = _checkpoint(manifest)
     for name in shipped():
         if json.loads((SHIPPED / name / CARD).read_bytes())["sha256"] == wanted:
             return name
-    if wanted == "":
-        for name, config in CONFIGS.items():
-            if _plain(config) | {"size": manifest.preprocess.height} == manifest.config:
-                return f"slvit:{name}"
+    if wanted == "" and manifest.model in families():
+        for name, config in family(manifest.model).configs.items():
+            if plain(config) | {"size": manifest.preprocess.height} == manifest.config:
+                return f"{manifest.model}:{name}"
     raise BundleError(
         "bench-model",
         "the PyTorch model that this bundle was exported from is not known",
@@ -185,6 +196,8 @@ def _find(manifest: Manifest) -> str:
 
 
 def _require_same(manifest: Manifest, name: str, loaded: Loaded) -> None:
+    from ..models.checkpoint import plain
+
     wanted, found = _checkpoint(manifest), loaded.card.sha256
     reasons = []
     if manifest.model != loaded.card.model:
@@ -192,7 +205,7 @@ def _require_same(manifest: Manifest, name: str, loaded: Loaded) -> None:
     if wanted != found:
         here, there = found[:16] or "seeded", (wanted or "")[:16] or "seeded"
         reasons.append(f"its weights are {here}, the bundle's {there}")
-    config = _plain(loaded.model.config)
+    config = plain(loaded.model.config)
     if config != manifest.config:
         keys = sorted(k for k in config if config[k] != manifest.config.get(k))
         reasons.append(f"they differ in {', '.join(keys)}")
@@ -212,9 +225,3 @@ def _checkpoint(manifest: Manifest) -> str | None:
     if not isinstance(said, str):
         return None
     return "" if said.startswith("none") else said
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """A configuration as a manifest holds it."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain

@@ -87,7 +87,8 @@ def torch_scores(
         for item in progress(items):
             for query in item.queries:
                 tokens = runner.tokenize(query.text)
-                logits = runner.mask(item.pixels, tokens, runner.text(tokens))
+                features = runner.image(item.pixels)
+                logits = runner.mask(features, tokens, runner.text(tokens))
                 meter.add(
                     protocol.predicted(logits),
                     query.truth,

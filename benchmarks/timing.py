@@ -21,7 +21,7 @@ from ..runtime.masks import to_mask
 from ..runtime.preprocess import open_photo, to_pixels
 from .contestants import Runner
 
-STAGES = ("preprocess", "tokenize", "text", "mask", "postprocess")
+STAGES = ("preprocess", "tokenize", "text", "image", "mask", "postprocess")
 UNCACHED, CACHED = "uncached", "cached"
 SEED = 0  # index of the test scene
 
@@ -60,9 +60,11 @@ def run_once(runner: Runner, task: Task, index: int, *, cached: bool) -> dict[st
     marks.append(time.perf_counter())
     products = runner.recall(tokens) if cached else runner.text(tokens)
     marks.append(time.perf_counter())
-    logits = runner.mask(pixels, tokens, products)
+    features = runner.image(pixels)
     marks.append(time.perf_counter())
-    to_mask(logits, photo.size, manifest.postprocess)
+    logits = runner.mask(features, tokens, products)
+    marks.append(time.perf_counter())
+    to_mask(logits, photo.size, manifest.postprocess, manifest.preprocess.frame(photo.size))
     marks.append(time.perf_counter())
     spent = [(b - a) * 1e3 for a, b in pairwise(marks)]
     return {**dict(zip(STAGES, spent, strict=True)), "total": (marks[-1] - marks[0]) * 1e3}

@@ -170,18 +170,17 @@ def _spared(
     """Nodes of each part that stay in float, the budget being one for all parts."""
     mask = parts["mask"].model
 
-    def from_text(products: Arrays) -> Array:
-        return run_part(mask, {**inputs["mask"], **products})["logits"]
+    def logits(outputs: Arrays) -> Array:
+        """The mask part's own, or what it makes of another part's outputs."""
+        if "logits" in outputs:
+            return outputs["logits"]
+        return run_part(mask, {**inputs["mask"], **outputs})["logits"]
 
-    def from_mask(outputs: Arrays) -> Array:
-        return outputs["logits"]
-
-    further = {"text": from_text, "mask": from_mask}
     errors: dict[Node, float] = {}
     work: dict[Node, int] = {}
     for name, part in parts.items():
         label = partial(_labelled, progress, f"{name}: sensitivity")
-        found = node_errors(part.model, part.plan, inputs[name], further[name], label)
+        found = node_errors(part.model, part.plan, inputs[name], logits, label)
         errors |= {(name, node): error for node, error in found.items()}
         work |= {(name, node): count for node, count in weighted_macs(part.index).items()}
     chosen = spared(work, errors, spare)
@@ -205,7 +204,11 @@ def _batch(bundle: Bundle) -> int:
 
 
 def _stack(inputs: Sequence[Arrays]) -> Arrays:
-    return {name: np.concatenate([i[name] for i in inputs]) for name in inputs[0]}
+    """One batch of several inputs, each with its own picture."""
+    stacked = {name: np.concatenate([i[name] for i in inputs]) for name in inputs[0]}
+    if "image_index" in stacked:
+        stacked["image_index"] = np.arange(len(inputs), dtype=np.int32)
+    return stacked
 
 
 class Pairs:
@@ -227,8 +230,15 @@ class Pairs:
         query = item.queries[at % len(item.queries)]
         tokens = self._segmenter.tokenize(query.text)
         ids, words = tokens.ids[None], tokens.words[None]
-        mask = {**self._segmenter.run_text(ids, words), "pixels": item.pixels[None]}
-        return query.id, {"text": {"ids": ids, "words": words}, "mask": mask}
+        pixels = item.pixels[None]
+        index = np.zeros(1, np.int32)
+        known = {
+            **self._segmenter.run_text(ids, words),
+            **self._segmenter.image(pixels),
+            **{"ids": ids, "words": words, "pixels": pixels, "image_index": index},
+        }
+        parts = self._segmenter.manifest.parts
+        return query.id, {p.name: {t.name: known[t.name] for t in p.inputs} for p in parts}
 
 
 def calibration_pairs(bundle: Bundle, data: str | None, samples: int, root: Path | None) -> Pairs:

@@ -39,11 +39,13 @@ class Item:
     """A picture and its queries.
 
     pixels: [H, W, 3] uint8 at the model's size; size: (width, height) that predictions get.
+    frame:  left, top, right, bottom of where the picture lies in the pixels.
     things: [H, W] uint8 map of what is seen where, if the dataset knows.
     """
 
     pixels: npt.NDArray[np.uint8]
     size: tuple[int, int]
+    frame: tuple[int, int, int, int]
     queries: tuple[Query, ...]
     things: npt.NDArray[np.uint8] | None
 
@@ -81,7 +83,7 @@ class Items:
             for i, e in enumerate(sample.expressions)
         )
         side = sample.image.shape[0]
-        return Item(sample.image, (side, side), queries, sample.things)
+        return Item(sample.image, (side, side), (0, 0, side, side), queries, sample.things)
 
     def _photo(self, referral: Referral) -> Item:
         truth = referral.mask()
@@ -91,7 +93,9 @@ class Items:
             image = Image.fromarray(truth).resize(size, Image.Resampling.NEAREST)
             truth = np.asarray(image, bool)
         query = Query(referral.id, referral.text, referral.family, truth, referral.target)
-        return Item(to_pixels(open_photo(referral.image_path), self._spec), size, (query,), None)
+        photo = open_photo(referral.image_path)
+        frame = self._spec.frame(photo.size)
+        return Item(to_pixels(photo, self._spec), size, frame, (query,), None)
 
 
 def open_items(

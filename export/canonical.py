@@ -83,13 +83,13 @@ def fold_constants(model: onnx.ModelProto) -> None:
 
 
 def _merge_dimension_names(model: onnx.ModelProto) -> None:
-    """One symbol for the batch, whatever the exporter called it."""
+    """``images`` where the exporter says so, else ``batch``, whatever it called it."""
     graph = model.graph
     for value in (*graph.input, *graph.output, *graph.value_info):
         shape = value.type.tensor_type.shape
         for axis, dim in enumerate(shape.dim):
-            if dim.HasField("dim_param"):
-                dim.dim_param = "batch" if axis == 0 else dim.dim_param
+            if axis == 0 and dim.HasField("dim_param"):
+                dim.dim_param = "images" if "images" in dim.dim_param else "batch"
 
 
 def _name_modules(model: onnx.ModelProto) -> None:

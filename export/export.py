@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from ..models.checkpoint import Loaded
-from ..models.parts import Part, Port
+from ..models.checkpoint import Loaded, plain
+from ..models.parts import Framing, Part, Port
 from ..models.tokenizers import STAND_IN, rules
 from ..runtime.manifest import (
     DialectSpec,
@@ -58,7 +57,6 @@ def export(loaded: Loaded, target: Path, *, say: Callable[[str], None] = print) 
         say("measuring parity")
         parity = measure(
             loaded.model,
-            parts,
             specs,
             {name: writer.folder / file for name, file in canonical.items()},
             {"ort fp32": {name: writer.folder / file for name, file in ort.items()}},
@@ -83,13 +81,15 @@ def _manifest(
     dialects: tuple[DialectSpec, ...],
     parity: dict[str, Any],
 ) -> Manifest:
-    config = loaded.model.config
+    config, framing = loaded.model.config, loaded.model.framing
     rule = rules(loaded.tokenizer)
     stand_in = loaded.card.tokenizer == STAND_IN
     return Manifest(
         model=loaded.card.model,
-        config=json.loads(json.dumps(asdict(config))),
-        preprocess=PreprocessSpec(config.size, config.size),
+        config=plain(config),
+        preprocess=PreprocessSpec(
+            config.size, config.size, framing.resize, framing.filter, framing.fill
+        ),
         tokenizer=TokenizerSpec(
             "tokenizer.json",
             words=config.words,
@@ -99,8 +99,8 @@ def _manifest(
             stand_in=stand_in,
             truncation=rule.truncation,
         ),
-        postprocess=PostprocessSpec(),
-        protocol="refshapes" if loaded.card.training else "lavt480",
+        postprocess=PostprocessSpec(math.log(framing.threshold / (1.0 - framing.threshold))),
+        protocol=_protocol(loaded, framing),
         parts=specs,
         canonical=dialects[0],
         high=loaded.model.high,
@@ -115,6 +115,13 @@ def _manifest(
         },
         parity=parity,
     )
+
+
+def _protocol(loaded: Loaded, framing: Framing) -> str:
+    """How its family is scored; models of RefShapes as RefShapes is."""
+    if "recipe" in loaded.card.training:
+        return "refshapes"
+    return "cris-native" if framing.resize == "letterbox" else "lavt480"
 
 
 def _spec(part: Part) -> PartSpec:

@@ -13,35 +13,34 @@ from typing import Any
 
 import onnx
 import torch
+from torch import Tensor
 
 from ..errors import ExportError
-from ..models.parts import BATCH, Part
+from ..models.parts import BATCH, IMAGES, Part
 from .canonical import OPSET, canonical
 
-_TRACED_BATCH = 2  # a batch of 1 would be taken for a constant
+_TRACED = {BATCH: 4, IMAGES: 2}  # a size of 1 would be taken for a constant
 _LARGEST_BATCH = 64
 
 
 def to_onnx(part: Part) -> onnx.ModelProto:
     """Trace one part and bring the graph into refedge's canonical form.
 
-    The batch is dynamic, everything else fixed: fp32, opset 20, ``ir_version`` 10.
+    Expressions and pictures are dynamic, everything else fixed: fp32, opset 20, ``ir_version`` 10.
     Raises ExportError where torch cannot trace the module.
     """
-    inputs = part.example(_TRACED_BATCH, 0)
-    batch = torch.export.Dim(BATCH, min=1, max=_LARGEST_BATCH)
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 part.module,
-                inputs,
+                _zeros(part),
                 dynamo=True,
                 opset_version=OPSET,
                 optimize=True,
                 verbose=False,
                 input_names=[port.name for port in part.inputs],
                 output_names=[port.name for port in part.outputs],
-                dynamic_shapes=_dynamic(part, batch),
+                dynamic_shapes=_dynamic(part),
             )
     except Exception as error:  # whatever a user's forward raises while it is traced
         raise ExportError(
@@ -60,14 +59,21 @@ def to_onnx(part: Part) -> onnx.ModelProto:
     return canonical(program.model_proto, part.name)
 
 
-def _dynamic(part: Part, batch: Any) -> Any:
-    """Axis 0 of every input is the batch; a ``*args`` forward wants its tail as one tuple."""
-    axes = [{0: batch} for _ in part.inputs]
-    code = part.module.forward.__code__
-    named = code.co_argcount - 1
-    if code.co_flags & 0x04:  # CO_VARARGS
-        return (*axes[:named], tuple(axes[named:]))
-    return tuple(axes)
+def _zeros(part: Part) -> tuple[Tensor, ...]:
+    """Inputs to trace with; only their shapes matter."""
+    return tuple(
+        torch.zeros(
+            [_TRACED[n] if isinstance(n, str) else n for n in port.shape],
+            dtype=getattr(torch, port.dtype),
+        )
+        for port in part.inputs
+    )
+
+
+def _dynamic(part: Part) -> Any:
+    """Axis 0 of every input is dynamic; a ``*args`` forward wants all of them as one tuple."""
+    dims = {n: torch.export.Dim(n, min=1, max=_LARGEST_BATCH) for n in (BATCH, IMAGES)}
+    return (tuple({0: dims[str(port.shape[0])]} for port in part.inputs),)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def _border(value: onnx.ValueInfoProto) -> list[Finding]:
             Finding("border-dtype", value.name, "", TensorProto.DataType.Name(kind.elem_type))
         )
     for axis, dim in enumerate(kind.shape.dim):
-        if axis == 0 and dim.dim_param != "batch":
+        if axis == 0 and dim.dim_param not in ("batch", "images"):
             findings.append(Finding("batch", value.name, "", "the batch is not dynamic"))
         if axis > 0 and dim.dim_value <= 0:
             findings.append(Finding("static", value.name, "", f"axis {axis} is not fixed"))

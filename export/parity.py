@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import torch
-from torch import nn
 
 from ..errors import ExportError
-from ..models.parts import Part
+from ..models.examples import host_inputs, steps
+from ..models.parts import Network
 from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from ..runtime.manifest import PartSpec
 
@@ -60,8 +60,7 @@ def compare(reference: Arrays, found: Arrays) -> Agreement:
 
 
 def measure(
-    model: nn.Module,
-    parts: Sequence[Part],
+    model: Network,
     specs: Sequence[PartSpec],
     canonical: Mapping[str, Path],
     dialects: Mapping[str, Mapping[str, Path]],
@@ -82,13 +81,17 @@ def measure(
         "runs": {},
     }
     for batch in BATCHES:
-        inputs, steps = _torch_run(parts, batch, seed)
+        host = host_inputs(model, batch, seed)
+        ran = {
+            n: (_arrays(taken), _arrays(given)) for n, (taken, given) in steps(model, host).items()
+        }
+        inputs = _arrays(host)
         for name, runner in runners.items():
             row = {
-                part.name: asdict(compare(outputs, runner.run(part.name, taken)))
-                for part, (taken, outputs) in zip(parts, steps, strict=True)
+                part: asdict(compare(given, runner.run(part, taken)))
+                for part, (taken, given) in ran.items()
             }
-            whole = compare(steps[-1][1], runner.chain(parts, inputs))
+            whole = compare(ran["mask"][1], runner.chain(specs, inputs))
             row["end_to_end"] = asdict(whole)
             record["runs"][f"{name}, batch {batch}"] = row
             _require(name, batch, whole)
@@ -124,38 +127,18 @@ class _Plain:
         outputs: Arrays = self._parts[part](inputs)
         return outputs
 
-    def chain(self, parts: Sequence[Part], inputs: Arrays) -> Arrays:
+    def chain(self, parts: Sequence[PartSpec], inputs: Arrays) -> Arrays:
         """All parts, each fed by the host's inputs and by the parts before it."""
         known = dict(inputs)
         outputs: Arrays = {}
         for part in parts:
-            outputs = self.run(part.name, {port.name: known[port.name] for port in part.inputs})
+            outputs = self.run(part.name, {t.name: known[t.name] for t in part.inputs})
             known |= outputs
         return outputs
 
 
 def _named(session: onnxruntime.InferenceSession, names: list[str]) -> Any:
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
-
-
-@torch.no_grad()
-def _torch_run(
-    parts: Sequence[Part], batch: int, seed: int
-) -> tuple[Arrays, list[tuple[Arrays, Arrays]]]:
-    """Host inputs, and for each part what it took and gave."""
-    host: Arrays = {}
-    known: dict[str, torch.Tensor] = {}
-    steps = []
-    for part in parts:
-        example = dict(zip((p.name for p in part.inputs), part.example(batch, seed), strict=True))
-        taken = {name: known.get(name, value) for name, value in example.items()}
-        host |= {n: v.numpy() for n, v in taken.items() if n not in known and n not in host}
-        outputs = part.module(*taken.values())
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        given = dict(zip((p.name for p in part.outputs), outputs, strict=True))
-        known |= taken | given
-        steps.append((_arrays(taken), _arrays(given)))
-    return host, steps
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:

@@ -21,14 +21,17 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .families import Family, configurations, families, family
 from .layouts import from_official
+from .own import open_own
+from .parts import Network
 from .seeded import seed_weights
-from .slvit import CONFIGS, SLViT, SLViTConfig
 from .tokenizers import STAND_IN, bert_stand_in, word_level
 
 CARD = "card.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
+OWN = "own"
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 
@@ -37,7 +40,7 @@ class Card:
     """What a checkpoint is; ``training`` and ``scores`` are free-form records for people."""
 
     model: str
-    config: SLViTConfig
+    config: dict[str, Any]
     sha256: str
     tokenizer: str
     training: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class Card:
 class Loaded:
     """A model in evaluation mode with its tokenizer and card (``sha256`` empty if untrained)."""
 
-    model: SLViT
+    model: Network
     tokenizer: Tokenizer
     card: Card
 
@@ -72,12 +75,28 @@ def locate(name_or_path: str) -> Path:
     )
 
 
+def load_card(folder: Path) -> Card:
+    """The card alone, without the weights."""
+    try:
+        return msgspec.json.decode(_read(folder / CARD), type=Card)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise _unreadable(folder / CARD, error) from error
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON holds it."""
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(config))
+    return found
+
+
 def load_checkpoint(name_or_path: str) -> Loaded:
     """Read, verify and build; the weights must fit the card's configuration exactly."""
     folder = locate(name_or_path)
+    card = load_card(folder)
+    kind = family(card.model)
     try:
-        card = msgspec.json.decode(_read(folder / CARD), type=Card)
-    except (msgspec.DecodeError, ValueError) as error:
+        config = msgspec.convert(card.config, kind.config_type)
+    except msgspec.ValidationError as error:
         raise _unreadable(folder / CARD, error) from error
     raw = _read(folder / WEIGHTS)
     digest = hashlib.sha256(raw).hexdigest()
@@ -88,14 +107,7 @@ def load_checkpoint(name_or_path: str) -> Loaded:
             why=f"its sha256 is {digest[:16]}…, the card says {card.sha256[:16]}…",
             fix="fetch the checkpoint again, or train it anew",
         )
-    if card.model != "slvit":
-        raise CheckpointError(
-            "checkpoint-model",
-            f"{folder} holds a {card.model!r}",
-            why="this version of refedge knows slvit",
-            fix="use a checkpoint of that model",
-        )
-    model = SLViT(card.config)
+    model = kind.build(config)
     fit(model, _parse(folder / WEIGHTS, raw))
     return Loaded(model.eval(), _tokenizer(folder / TOKENIZER), card)
 
@@ -141,12 +153,16 @@ def compact(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    folder: Path, model: SLViT, tokenizer: Tokenizer, *, training: dict[str, Any]
+    folder: Path, name: str, model: Network, tokenizer: Tokenizer, *, training: dict[str, Any]
 ) -> Path:
-    """Write a checkpoint folder; each file appears whole or not at all."""
+    """Write a checkpoint folder; each file appears whole or not at all.
+
+    name: of the family that the model is of.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     raw = save(compact(model))
-    card = Card("slvit", model.config, hashlib.sha256(raw).hexdigest(), "word-level", training)
+    config = plain(model.config)
+    card = Card(name, config, hashlib.sha256(raw).hexdigest(), "word-level", training)
     write_atomically(folder / WEIGHTS, raw)
     write_atomically(folder / TOKENIZER, tokenizer.to_str(pretty=True).encode())
     write_card(folder, card)
@@ -175,24 +191,29 @@ def open_model(
     weights: Path | None = None,
     seed: int = 0,
 ) -> Loaded:
-    """A checkpoint by name or folder, or a configuration such as ``slvit:paper``.
+    """A checkpoint by name or folder, a configuration such as ``slvit:paper``, or one's own.
+
+    One's own is ``FILE.py:FUNCTION``, see ``models/own.py``.
 
     words:   vocabulary for the tokenizer of a bare configuration.
     size:    pixels per side; None for the configuration's own.
     weights: safetensors in the official layout for a bare configuration; without, seeded weights.
     """
-    family, _, configuration = name.partition(":")
-    if not configuration:
+    kind, _, configuration = name.rpartition(":")
+    if kind.endswith(".py"):
+        own, tokenizer, digest = open_own(name)
+        return Loaded(own, tokenizer, Card(OWN, plain(own.config), digest, OWN))
+    if not kind:
         if weights is not None:
             raise CheckpointError(
                 "config-unknown",
                 f"{name!r} has weights of its own",
                 why="--weights go with a bare configuration",
-                fix=f"name one of {', '.join('slvit:' + c for c in CONFIGS)}",
+                fix=f"name one of {', '.join(configurations())}",
             )
         return _at_size(load_checkpoint(name), size)
-    config = configuration_named(family, configuration, size)
-    model = SLViT(config).eval()
+    config = configuration_named(kind, configuration, size)
+    model = family(kind).build(config).eval()
     digest = ""
     if weights is not None:
         raw = _read(weights)
@@ -200,31 +221,31 @@ def open_model(
         fit(model, from_official(_parse(weights, raw)))
     else:
         seed_weights(model, seed)
-    closed = config.text.vocabulary < 1000
-    tokenizer = word_level(words) if closed else bert_stand_in(words, config.text.vocabulary)
-    kind = "word-level" if closed else STAND_IN
-    return Loaded(model, tokenizer, Card("slvit", config, digest, kind))
+    closed = config.vocabulary < 1000
+    tokenizer = word_level(words) if closed else bert_stand_in(words, config.vocabulary)
+    tokens = "word-level" if closed else STAND_IN
+    return Loaded(model, tokenizer, Card(kind, plain(config), digest, tokens))
 
 
-def configuration_named(family: str, name: str, size: int | None = None) -> SLViTConfig:
-    """A named configuration, at another size if one is given."""
-    if family != "slvit" or name not in CONFIGS:
+def configuration_named(kind: str, name: str, size: int | None = None) -> Any:
+    """A named configuration of a family, at another size if one is given."""
+    if kind not in families() or name not in family(kind).configs:
         raise CheckpointError(
             "config-unknown",
-            f"there is no configuration {family}:{name}",
-            why=f"known are {', '.join('slvit:' + c for c in CONFIGS)}",
+            f"there is no configuration {kind}:{name}",
+            why=f"known are {', '.join(configurations())}",
             fix="choose one of these",
         )
-    return _resized(CONFIGS[name], size)
+    return _resized(family(kind), family(kind).configs[name], size)
 
 
-def _resized(config: SLViTConfig, size: int | None) -> SLViTConfig:
+def _resized(kind: Family, config: Any, size: int | None) -> Any:
     try:
         return config if size is None else replace(config, size=size)
     except ValueError as error:
         raise CheckpointError(
             "config-size",
-            f"SLViT cannot be built for {size} pixels",
+            f"{kind.build.__name__} cannot be built for {size} pixels",
             why=str(error),
             fix="choose a multiple of 32 of at least 96",
         ) from error
@@ -233,9 +254,11 @@ def _resized(config: SLViTConfig, size: int | None) -> SLViTConfig:
 def _at_size(loaded: Loaded, size: int | None) -> Loaded:
     if size is None or size == loaded.model.config.size:
         return loaded
-    model = SLViT(_resized(loaded.model.config, size))
-    model.load_state_dict(loaded.model.state_dict())
-    return replace(loaded, model=model.eval())
+    kind = family(loaded.card.model)
+    model = kind.build(_resized(kind, loaded.model.config, size))
+    fit(model, loaded.model.state_dict())
+    card = replace(loaded.card, config=plain(model.config))
+    return replace(loaded, model=model.eval(), card=card)
 
 
 def _read(path: Path) -> bytes:

@@ -1,8 +1,8 @@
 """What a model must say of itself to be trained, exported and run: parts, tensors, examples.
 
 A model is cut where something can be computed once: ``text`` per expression, ``image`` per picture
-(late fusion), ``mask`` for what is left. Each part is a plain ``nn.Module`` whose forward takes and
-returns the tensors that its ports name, in order.
+(late fusion), ``mask`` for what is left. Each part takes and returns the tensors that its ports
+name, in order.
 
 With an image part, ``mask`` has two dynamic sizes, pictures and expressions; its int32 input
 ``image_index`` [batch] names each expression's picture and is gathered as late as possible.
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 BATCH = "batch"  # expressions
 IMAGES = "images"  # pictures, in a model with an image part
+HOST = ("pixels", "ids", "words", "image_index")  # in the order of a model's forward
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,29 @@ class Port:
     shape: tuple[int | str, ...]
 
 
+class Method(nn.Module):
+    """One function of a model as a module of its own."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor | tuple[Tensor, ...]]):
+        super().__init__()
+        self.model, self._function = model, function
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self._function(*inputs)
+
+
 @dataclass(frozen=True)
 class Part:
     """One graph of a model.
 
     inputs come from the host (``pixels``, ``ids``, ``words``, ``image_index``) or, by name, from
-    an earlier part. example makes inputs of a batch size and a seed, in the order of ``inputs``;
-    with an image part there are ``pictures(batch)`` pictures.
+    an earlier part; ``module`` takes them in this order.
     """
 
     name: str
-    module: nn.Module
+    module: Method
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    example: Callable[[int, int], tuple[Tensor, ...]]
 
 
 def pictures(batch: int) -> int:
@@ -60,10 +70,25 @@ class Framing:
     threshold: probability above which a pixel belongs to the mask.
     """
 
-    resize: str = "squash"
-    filter: str = "bilinear"
+    resize: Literal["squash", "letterbox"] = "squash"
+    filter: Literal["bilinear", "bicubic"] = "bilinear"
     fill: tuple[int, int, int] = (0, 0, 0)
     threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Where pixels and words meet: so many calls of one shape.
+
+    pixels, words: tokens on either side; heads x width: of the scores.
+    """
+
+    name: str
+    calls: int
+    pixels: int
+    words: int
+    heads: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -82,60 +107,59 @@ class Rehearsal:
     extra: dict[str, Tensor] | None = None
 
 
-class Config(Protocol):
-    """The fields that every model's configuration (a frozen dataclass) has."""
+class Network(nn.Module):
+    """What refedge asks of a model; a model of one's own is a subclass.
 
-    @property
-    def size(self) -> int:
-        """Pixels per side."""
+    config: a frozen dataclass; it has ``size`` (pixels per side), ``words`` (tokens per expression)
+            and ``vocabulary`` (number of token ids).
+    high:   prefixes of the names of modules that stay in float32 in every plan.
+    tokens: kind of tokenizer: ``wordpiece``, ``clip`` or ``word-level``.
 
-    @property
-    def words(self) -> int:
-        """Tokens per expression."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of token ids."""
-
-
-class Network(Protocol):
-    """What refedge asks of a model, an ``nn.Module`` built from its configuration.
-
-    high:       prefixes of the torch modules that stay in float32 in every plan.
-    tokens:     ``wordpiece``, ``clip`` or ``word-level``: the kind of tokenizer of the paper.
-    map_widths: channels of the maps of a ``Rehearsal``.
+    To be exported and run it needs ``config``, ``encode_text``, ``forward`` and ``parts``; to be
+    trained, ``rehearse`` and ``map_widths``; to be seeded without a checkpoint, ``rescale``.
     """
 
     config: Any
-    high: ClassVar[tuple[str, ...]]
-    tokens: ClassVar[str]
+    high: ClassVar[tuple[str, ...]] = ()
+    tokens: ClassVar[str] = "word-level"
 
     @property
     def framing(self) -> Framing:
         """Preprocessing and threshold."""
+        return Framing()
 
     @property
     def map_widths(self) -> tuple[int, ...]:
         """Channels of ``Rehearsal.maps``."""
+        return ()
 
     def encode_text(self, ids: Tensor, words: Tensor) -> tuple[Tensor, ...]:
         """ids [B, T] int32 and words [B, T] bool to all that depends on the expression alone."""
+        raise NotImplementedError
 
     def forward(
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
     ) -> Tensor:
         """pixels [B or pictures, S, S, 3] uint8 to logits [B, S, S].
 
-        image_index: [B] int64, each expression's picture; None where there is one for each.
+        image_index: [B] integers, each expression's picture; None where there is one for each.
         """
+        raise NotImplementedError
 
     def rehearse(
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor, masks: Tensor
     ) -> Rehearsal:
         """The same with what training looks at; masks [B, S, S] bool are the truth."""
+        return Rehearsal(self(pixels, ids, words, image_index))
 
     def rescale(self, shift: float, scale: float) -> None:
         """Change the last layer so that logits become ``scale * (logits - shift)``."""
+        raise NotImplementedError
+
+    def cross_attention(self) -> tuple[CrossAttention, ...]:
+        """The shapes in which pixels and words meet."""
+        return ()
 
     def parts(self) -> tuple[Part, ...]:
         """``text``, perhaps ``image``, ``mask``."""
+        raise NotImplementedError

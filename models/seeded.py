@@ -7,21 +7,26 @@ of a real forward, and about two fifths of the pixels are positive, so that pari
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
-from .slvit import SLViT
+from .examples import host_inputs
+from .parts import HOST, Network
 
+N = TypeVar("N", bound=Network)
 POSITIVE = 0.4  # share of pixels that end up above zero on the seed's own images
 
 
 @torch.no_grad()
-def seed_weights(model: SLViT, seed: int) -> SLViT:
+def seed_weights(model: N, seed: int) -> N:
     """Fill a model in place, reproducibly for a given torch version; returns it in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         _fill(name, parameter, generator)
-    inputs = _inputs(model, seed)
+    host = host_inputs(model, 2, seed)
+    inputs = [host[name] for name in HOST]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -32,12 +37,7 @@ def seed_weights(model: SLViT, seed: int) -> SLViT:
         norm.momentum = 0.1
     model.eval()
     logits = model(*inputs)
-    threshold = logits.flatten().quantile(1.0 - POSITIVE)
-    scale = 2.0 / logits.std()
-    weight, bias = model.classifier.conv1.parameters()
-    bias[1] -= threshold
-    weight.mul_(scale)
-    bias.mul_(scale)
+    model.rescale(float(logits.flatten().quantile(1.0 - POSITIVE)), float(2.0 / logits.std()))
     return model
 
 
@@ -52,9 +52,3 @@ def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
     else:
         fan_in = parameter[0].numel()
         parameter.normal_(0.0, fan_in**-0.5, generator=generator)
-
-
-def _inputs(model: SLViT, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    text, mask = model.parts()
-    ids, words = text.example(2, seed)
-    return mask.example(2, seed)[0], ids, words

@@ -29,7 +29,7 @@ from .mscan import (
     StripConvs,
     normalise_pixels,
 )
-from .parts import BATCH, Part, Port
+from .parts import BATCH, CrossAttention, Method, Network, Part, Port, Rehearsal
 from .text import TextConfig, bert, encode
 from .urce import CrossScaleEnhancement
 from .word_attention import GatedCross
@@ -76,6 +76,11 @@ class SLViTConfig:
             raise ValueError(f"{self.size} is no multiple of 32, or {self.score!r} not of {SCORES}")
         if self.regions > self.grid**2:
             raise ValueError(f"{self.regions} regions of {self.grid**2} cannot be chosen")
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return self.text.vocabulary
 
     @property
     def grid(self) -> int:
@@ -205,22 +210,34 @@ class Encoder(nn.Module):
 
     def forward(
         self, x: Tensor, words: Tensor, products: TextProducts
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Normalised pixels to four maps [B, C_i, H_i, W_i] and relevances [B, 1, H_i, W_i]."""
-        maps, relevances = [], []
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Normalised pixels to four maps [B, C_i, H_i, W_i] and what their blocks attended to.
+
+        The attention of a block is [B, T, H_i * W_i].
+        """
+        maps: list[Tensor] = []
+        attention: list[list[Tensor]] = []
         for stage in (1, 2, 3, 4):
             x = getattr(self, f"patch_embed{stage}")(x)
             keys, values = products[2 * stage - 2 : 2 * stage]
+            attention.append([])
             for j, block in enumerate(self.blocks(stage)):
                 x, weights = block(x, keys[:, j], values[:, j], words)
-            height, width = x.shape[2:]
-            relevances.append(weights.amax(1).reshape(-1, 1, height, width))
+                attention[-1].append(weights)
             x = getattr(self, f"norm{stage}")(x)
             maps.append(x)
-        return maps, relevances
+        return maps, attention
 
 
-class SLViT(nn.Module):
+def _relevances(maps: list[Tensor], attention: list[list[Tensor]]) -> list[Tensor]:
+    """[B, 1, H_i, W_i]: the largest weight that a pixel's last attention gives to a word."""
+    return [
+        weights[-1].amax(1).reshape(-1, 1, *x.shape[2:])
+        for x, weights in zip(maps, attention, strict=True)
+    ]
+
+
+class SLViT(Network):
     """The whole network; see the module docstring."""
 
     def __init__(self, config: SLViTConfig = PAPER) -> None:
@@ -253,6 +270,8 @@ class SLViT(nn.Module):
     std: Tensor
     # float32 in every precision plan: the ratios of the factorisation, and the last layer
     high = ("classifier.hamburger.ham", "classifier.conv1")
+    tokens = "wordpiece"
+    config: SLViTConfig
 
     def encode_text(self, ids: Tensor, words: Tensor) -> TextProducts:
         """ids [B, T] int32, words [B, T] bool to the text products of every block."""
@@ -262,8 +281,14 @@ class SLViT(nn.Module):
         self, pixels: Tensor, words: Tensor, products: TextProducts
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The encoder's maps and relevances; pixels [B, H, W, 3] uint8."""
+        maps, attention = self._attend(pixels, words, products)
+        return maps, _relevances(maps, attention)
+
+    def _attend(
+        self, pixels: Tensor, words: Tensor, products: TextProducts
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
         x = normalise_pixels(pixels, self.mean, self.std)
-        found: tuple[list[Tensor], list[Tensor]] = self.backbone(x, words, products)
+        found: tuple[list[Tensor], list[list[Tensor]]] = self.backbone(x, words, products)
         return found
 
     def decode(self, maps: list[Tensor], relevances: list[Tensor]) -> Tensor:
@@ -283,10 +308,38 @@ class SLViT(nn.Module):
         logit = F.interpolate(logit, scale_factor=4, mode="bilinear", align_corners=True)
         return logit.squeeze(1)
 
-    def forward(self, pixels: Tensor, ids: Tensor, words: Tensor) -> Tensor:
+    def forward(
+        self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
+    ) -> Tensor:
         """pixels [B, H, W, 3] uint8, ids [B, T] int32, words [B, T] bool to logits [B, H, W]."""
+        pixels = pixels if image_index is None else pixels[image_index]
         maps, relevances = self.features(pixels, words, self.encode_text(ids, words))
         return self.decode(maps, relevances)
+
+    def _mask(self, pixels: Tensor, words: Tensor, *products: Tensor) -> Tensor:
+        return self.decode(*self.features(pixels, words, products))
+
+    def rehearse(
+        self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor, masks: Tensor
+    ) -> Rehearsal:
+        """With the maps of the last three stages and the attention of every block."""
+        products = self.encode_text(ids, words)
+        maps, attention = self._attend(pixels[image_index], words, products)
+        logits = self.decode(maps, _relevances(maps, attention))
+        return Rehearsal(logits, tuple(maps[1:]), tuple(a for stage in attention for a in stage))
+
+    @property
+    def map_widths(self) -> tuple[int, ...]:
+        """Channels of the last three stages."""
+        return self.config.widths[1:]
+
+    @torch.no_grad()
+    def rescale(self, shift: float, scale: float) -> None:
+        """Of the two classes' scores, the foreground's is shifted, both are scaled."""
+        weight, bias = self.classifier.conv1.parameters()
+        bias[1] -= shift
+        weight.mul_(scale)
+        bias.mul_(scale)
 
     @torch.no_grad()
     def selection_margin(self, inputs: Mapping[str, npt.NDArray[Any]]) -> float:
@@ -304,6 +357,14 @@ class SLViT(nn.Module):
         gap = scores[:, count - 1] - scores[:, count]
         return float((gap / (scores[:, 0] - scores[:, -1]).clamp_min(1e-30)).min())
 
+    def cross_attention(self) -> tuple[CrossAttention, ...]:
+        """One head as wide as the map, in every block."""
+        c = self.config
+        return tuple(
+            CrossAttention(f"stage {i}", depth, (c.size >> i + 1) ** 2, c.words, 1, width)
+            for i, (depth, width) in enumerate(zip(c.depths, c.widths, strict=True), start=1)
+        )
+
     def parts(self) -> tuple[Part, ...]:
         """The two graphs: ``text`` once per expression, ``mask`` for every picture."""
         c = self.config
@@ -320,42 +381,6 @@ class SLViT(nn.Module):
         pixels = Port("pixels", "uint8", (BATCH, c.size, c.size, 3))
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         return (
-            Part("text", _TextPart(self), (ids, words), products, self._example_text),
-            Part("mask", _MaskPart(self), (pixels, words, *products), (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), products),
+            Part("mask", Method(self, self._mask), (pixels, words, *products), (logits,)),
         )
-
-    def _example_text(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        c = self.config
-        lengths = torch.randint(3, c.words + 1, (batch, 1), generator=generator)
-        words = torch.arange(c.words)[None] < lengths
-        ids = torch.randint(2, c.text.vocabulary, (batch, c.words), generator=generator)
-        return (ids * words).to(torch.int32), words
-
-    def _example(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed + 1)
-        shape = (batch, 3, self.config.size // 16, self.config.size // 16)
-        coarse = torch.randint(0, 256, shape, generator=generator).float()
-        pixels = F.interpolate(coarse, scale_factor=16, mode="bilinear").round().to(torch.uint8)
-        ids, words = self._example_text(batch, seed)
-        with torch.no_grad():
-            products = self.encode_text(ids, words)
-        return (pixels.permute(0, 2, 3, 1).contiguous(), words, *products)
-
-
-class _TextPart(nn.Module):
-    def __init__(self, model: SLViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, words: Tensor) -> TextProducts:
-        return self.model.encode_text(ids, words)
-
-
-class _MaskPart(nn.Module):
-    def __init__(self, model: SLViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor, words: Tensor, *products: Tensor) -> Tensor:
-        return self.model.decode(*self.model.features(pixels, words, products))

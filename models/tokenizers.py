@@ -51,12 +51,13 @@ class Rules:
 
 
 def rules(tokenizer: Tokenizer) -> Rules:
-    """The rules of a tokenizer of this module."""
+    """The rules of a tokenizer of this module, or of one's own with the same special tokens."""
     vocabulary = tokenizer.get_vocab()
     if _END in vocabulary:
         return Rules(pad=0, unknown=-1, closed=False, truncation="keep-last")
-    closed = "[CLS]" not in vocabulary and len(vocabulary) < CLOSED
-    return Rules(vocabulary[_PAD], vocabulary[_UNK], closed, truncation="cut")
+    unknown = vocabulary.get(_UNK, -1)
+    closed = unknown >= 0 and "[CLS]" not in vocabulary and len(vocabulary) < CLOSED
+    return Rules(vocabulary.get(_PAD, 0), unknown, closed, truncation="cut")
 
 
 def word_level(words: Iterable[str]) -> Tokenizer:

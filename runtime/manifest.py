@@ -44,14 +44,27 @@ class PartSpec:
 class PreprocessSpec:
     """How a picture becomes ``pixels``: uint8 RGB, height x width, resized on the host.
 
-    resize: ``squash`` (both sides to the target, aspect not kept).
+    resize: ``squash`` (both sides to the target, aspect not kept) or ``letterbox`` (aspect kept,
+            the picture in the middle, the border filled).
     filter: Pillow's name of the resampling filter, which antialiases when it shrinks.
+    fill:   colour of the border, RGB.
     """
 
     height: int
     width: int
-    resize: str = "squash"
-    filter: str = "bilinear"
+    resize: Literal["squash", "letterbox"] = "squash"
+    filter: Literal["bilinear", "bicubic"] = "bilinear"
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+    def frame(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom of where a picture of a size (width, height) lies."""
+        if self.resize == "squash":
+            return 0, 0, self.width, self.height
+        scale = min(self.width / size[0], self.height / size[1])
+        width = max(1, min(self.width, round(size[0] * scale)))
+        height = max(1, min(self.height, round(size[1] * scale)))
+        left, top = (self.width - width) // 2, (self.height - height) // 2
+        return left, top, left + width, top + height
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class TokenizerSpec:
 
 @dataclass(frozen=True)
 class PostprocessSpec:
-    """How logits become a mask: resized to the picture by ``resize``, then ``> threshold``."""
+    """How logits become a mask: those of the picture resized to it, then ``> threshold``."""
 
     threshold: float = 0.0
     resize: str = "bilinear"

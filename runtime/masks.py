@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +12,21 @@ from PIL import Image
 from .manifest import PostprocessSpec
 
 Bools = npt.NDArray[np.bool_]
+Frame: TypeAlias = tuple[int, int, int, int]
 _OUTLINE = (255, 64, 32)
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds per stage; ``text`` is 0 where the expression was cached."""
+    """Milliseconds per stage; ``text`` is 0 where the expression was cached.
+
+    image: of the image part, 0 in a model without one.
+    """
 
     preprocess: float
     tokenize: float
     text: float
+    image: float
     mask: float
     postprocess: float
     text_cached: bool
@@ -29,7 +34,8 @@ class Timings:
     @property
     def total(self) -> float:
         """All stages."""
-        return self.preprocess + self.tokenize + self.text + self.mask + self.postprocess
+        stages = (self.tokenize, self.text, self.image, self.mask, self.postprocess)
+        return self.preprocess + sum(stages)
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,16 @@ class Mask:
 
 
 def to_mask(
-    logits: npt.NDArray[np.float32], size: tuple[int, int], spec: PostprocessSpec
+    logits: npt.NDArray[np.float32],
+    size: tuple[int, int],
+    spec: PostprocessSpec,
+    frame: Frame | None = None,
 ) -> tuple[Bools, float]:
-    """Logits [h, w] to a mask at ``size`` (width, height) and its score."""
-    resized = resize_logits(logits, size)
+    """Logits [h, w] to a mask at ``size`` (width, height) and its score.
+
+    frame: where the picture lies in the logits; None for all of them.
+    """
+    resized = resize_logits(logits, size, frame)
     mask = resized > spec.threshold
     if not mask.any():
         return mask, 0.0
@@ -69,9 +81,15 @@ def to_mask(
 
 
 def resize_logits(
-    logits: npt.NDArray[np.float32], size: tuple[int, int]
+    logits: npt.NDArray[np.float32], size: tuple[int, int], frame: Frame | None = None
 ) -> npt.NDArray[np.float32]:
-    """Logits [h, w] at another size (width, height), bilinearly; unchanged at their own."""
+    """Logits [h, w] at another size (width, height), bilinearly; unchanged at their own.
+
+    frame: left, top, right, bottom of what is resized; None for all.
+    """
+    if frame is not None:
+        left, top, right, bottom = frame
+        logits = np.ascontiguousarray(logits[top:bottom, left:right])
     if size == logits.shape[::-1]:
         return logits
     scaled = Image.fromarray(logits).resize(size, Image.Resampling.BILINEAR)

@@ -65,8 +65,13 @@ def open_photo(photo: Photo) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
-    """[height, width, 3] uint8, squashed to the model's size."""
-    resized = image.resize((spec.width, spec.height), _FILTERS[spec.filter])
+    """[height, width, 3] uint8: the picture resized to its frame, the rest filled."""
+    left, top, right, bottom = spec.frame(image.size)
+    resized = image.resize((right - left, bottom - top), _FILTERS[spec.filter])
+    if resized.size != (spec.width, spec.height):
+        canvas = Image.new("RGB", (spec.width, spec.height), spec.fill)
+        canvas.paste(resized, (left, top))
+        resized = canvas
     return np.asarray(resized, dtype=np.uint8)
 
 

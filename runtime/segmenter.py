@@ -92,7 +92,10 @@ class Segmenter:
         started = time.perf_counter()
         photo = open_photo(image)
         pixels = to_pixels(photo, self.manifest.preprocess)
-        return Scene(self, photo, pixels, _since(started))
+        preprocess_ms = _since(started)
+        started = time.perf_counter()
+        features = self.image(pixels[None])
+        return Scene(self, photo, features, preprocess_ms, _since(started))
 
     def tokenize(self, expression: str) -> Tokens:
         """ids and words of an expression, as the model's own tokenizer makes them."""
@@ -112,34 +115,56 @@ class Segmenter:
         """Run the text part, without the cache: ids and words [B, T] to what ``logits`` takes."""
         return {**self._parts["text"].run({"ids": ids, "words": words}), "words": words}
 
+    def image(self, pixels: npt.NDArray[np.uint8]) -> Arrays:
+        """What ``logits`` takes of pictures [P, h, w, 3]; P at most the profile's largest batch.
+
+        The image part's outputs, or the pixels themselves in a model without one.
+        """
+        part = self._parts.get("image")
+        return {"pixels": pixels} if part is None else part.run({"pixels": pixels})
+
     def logits(
-        self, pixels: npt.NDArray[np.uint8], texts: Sequence[Arrays]
+        self, images: Arrays, texts: Sequence[Arrays], index: Sequence[int] | None = None
     ) -> npt.NDArray[np.float32]:
-        """Logits [B, h, w] for pixels [B, h, w, 3] and as many outputs of ``text``."""
-        wanted = [t.name for t in self.manifest.part("mask").inputs if t.name != "pixels"]
+        """Logits [B, h, w] for the outputs of ``image`` and B outputs of ``text``.
+
+        index: each text's picture; None where all are about the first.
+        """
+        where = np.zeros(len(texts), np.int32) if index is None else np.asarray(index, np.int32)
         rows = []
         for start in range(0, len(texts), self._largest):
             chunk = texts[start : start + self._largest]
-            inputs = {name: np.concatenate([t[name] for t in chunk]) for name in wanted}
-            inputs["pixels"] = pixels[start : start + self._largest]
+            picked = where[start : start + self._largest]
+            inputs: dict[str, npt.NDArray[np.generic]] = (
+                {**images, "image_index": picked}
+                if "image" in self._parts
+                else {"pixels": images["pixels"][picked]}
+            )
+            inputs |= {
+                t.name: np.concatenate([text[t.name] for text in chunk])
+                for t in self.manifest.part("mask").inputs
+                if t.name not in inputs
+            }
             rows.append(self._parts["mask"].run(inputs)["logits"])
         return np.concatenate(rows).astype(np.float32, copy=False)
 
 
 class Scene:
-    """One picture, prepared."""
+    """One picture, prepared; the image part's features are kept."""
 
     def __init__(
         self,
         segmenter: Segmenter,
         image: Image.Image,
-        pixels: npt.NDArray[np.uint8],
+        features: Arrays,
         preprocess_ms: float,
+        image_ms: float,
     ) -> None:
         self.image = image
         self._segmenter = segmenter
-        self._pixels = pixels
+        self._features = features
         self._preprocess_ms = preprocess_ms
+        self._image_ms = image_ms
 
     def segment(self, expressions: Sequence[str]) -> list[Mask]:
         """One mask per expression, in one batch; shared stages are divided among the masks."""
@@ -159,17 +184,19 @@ class Scene:
             texts.append(products)
             cached.append(hit)
         started = time.perf_counter()
-        pixels = np.broadcast_to(self._pixels[None], (count, *self._pixels.shape))
-        logits = segmenter.logits(np.ascontiguousarray(pixels), texts)
+        logits = segmenter.logits(self._features, texts)
         mask_ms = _since(started)
+        manifest = segmenter.manifest
+        frame = manifest.preprocess.frame(self.image.size)
         masks = []
         for i, expression in enumerate(expressions):
             started = time.perf_counter()
-            array, score = to_mask(logits[i], self.image.size, segmenter.manifest.postprocess)
+            array, score = to_mask(logits[i], self.image.size, manifest.postprocess, frame)
             timings = Timings(
                 preprocess=self._preprocess_ms / count,
                 tokenize=tokenize_ms / count,
                 text=text_ms[i],
+                image=self._image_ms / count,
                 mask=mask_ms / count,
                 postprocess=_since(started),
                 text_cached=cached[i],

@@ -190,7 +190,7 @@ def test_data_and_protocols_that_do_not_exist(bundle: Path) -> None:
 
 def test_a_wrong_checkpoint_for_the_model(tmp_path: Path) -> None:
     model = seed_weights(SLViT(TINY), 0)
-    folder = save_checkpoint(tmp_path / "own", model, word_level(words()), training={})
+    folder = save_checkpoint(tmp_path / "own", "slvit", model, word_level(words()), training={})
     card = json.loads((folder / "card.json").read_text())
     card["config"]["head_width"] = 64
     (folder / "card.json").write_text(json.dumps(card))

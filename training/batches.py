@@ -24,17 +24,24 @@ ATTRIBUTES = (SHAPES, COLOURS, PATTERNS, SIZES)
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs. Pictures are repeated, once per expression.
+    """B expressions about P pictures.
 
-    pixels: [B, S, S, 3] uint8; ids: [B, T] int32; words: [B, T] bool; masks: [B, S, S] bool.
-    labels: [B, 4, S, S] uint8: shape, colour, pattern, size of what is seen, 0 for background.
+    pixels: [P, S, S, 3] uint8; ids: [B, T] int32; words: [B, T] bool; masks: [B, S, S] bool.
+    index:  [B] int64, each expression's picture.
+    labels: [P, 4, S, S] uint8: shape, colour, pattern, size of what is seen, 0 for background.
     """
 
     pixels: Tensor
     ids: Tensor
     words: Tensor
+    index: Tensor
     masks: Tensor
     labels: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a model's forward takes."""
+        return self.pixels, self.ids, self.words, self.index
 
 
 def tokenizer() -> Tokenizer:
@@ -67,13 +74,14 @@ def collate(samples: list[Sample], length: int) -> Batch:
     """Every expression of every sample, in order."""
     pairs = [(sample, e) for sample in samples for e in sample.expressions]
     ids, valid = token_rows([e.text for _, e in pairs], length)
-    pictures = {id(s): (torch.from_numpy(s.image), _labels(s)) for s in samples}
+    counts = torch.tensor([len(s.expressions) for s in samples])
     return Batch(
-        pixels=torch.stack([pictures[id(s)][0] for s, _ in pairs]),
+        pixels=torch.stack([torch.from_numpy(s.image) for s in samples]),
         ids=ids,
         words=valid,
+        index=torch.arange(len(samples)).repeat_interleave(counts),
         masks=torch.stack([torch.from_numpy(s.mask(e)) for s, e in pairs]),
-        labels=torch.stack([pictures[id(s)][1] for s, _ in pairs]),
+        labels=torch.stack([_labels(s) for s in samples]),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,16 +69,24 @@ class AttributeHead(nn.Module):
         self.sizes = [len(names) + 1 for names in ATTRIBUTES]
         self.layers = nn.ModuleList(nn.Conv2d(c, sum(self.sizes) + 1, 1) for c in widths)
 
-    def forward(self, maps: list[Tensor], labels: Tensor, masks: Tensor) -> Tensor:
-        """Mean loss; maps [B, C_i, h_i, w_i], labels [B, 4, H, W], masks [B, H, W]."""
+    def forward(
+        self, maps: Sequence[Tensor], labels: Tensor, index: Tensor, masks: Tensor
+    ) -> Tensor:
+        """Mean loss; maps [B or P, C_i, h_i, w_i], labels [P, 4, H, W], masks [B, H, W].
+
+        index: [B], each expression's picture. Maps of pictures know nothing of an expression, so
+        no mask is asked of them.
+        """
         total = labels.new_zeros((), dtype=torch.float32)
         for layer, x in zip(self.layers, maps, strict=True):
             out = layer(x).float()
-            here = _sample(labels, out.shape[2])
+            seen = labels if len(x) == len(labels) else labels[index]
+            here = _sample(seen, out.shape[2])
             for values, truth in zip(
                 out[:, 1:].split(self.sizes, dim=1), here.unbind(1), strict=True
             ):
                 total = total + F.cross_entropy(values, truth) / len(self.sizes)
-            coarse = F.avg_pool2d(masks[:, None].float(), masks.shape[1] // out.shape[2])
-            total = total + F.binary_cross_entropy_with_logits(out[:, :1], coarse)
-        return total / len(self.layers)
+            if len(x) == len(masks):
+                coarse = F.avg_pool2d(masks[:, None].float(), masks.shape[1] // out.shape[2])
+                total = total + F.binary_cross_entropy_with_logits(out[:, :1], coarse)
+        return total / max(1, len(self.layers))

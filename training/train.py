@@ -29,8 +29,8 @@ from ..models.checkpoint import (
     write_atomically,
     write_card,
 )
-from ..models.slvit import SLViT, SLViTConfig
-from ..models.word_attention import VisionLanguageAttention
+from ..models.families import family
+from ..models.parts import Network
 from .batches import Batch, collate, meanings, stream, tokenizer
 from .losses import AttributeHead, grounding_loss, mask_loss
 from .recipe import Recipe
@@ -40,7 +40,8 @@ Say = Callable[[str], None]
 
 
 def train(
-    config: SLViTConfig,
+    name: str,
+    config: Any,
     recipe: Recipe,
     folder: Path,
     *,
@@ -52,11 +53,12 @@ def train(
 ) -> Loaded:
     """Run a recipe to its end, write the checkpoint, score it, and return it as it was written.
 
+    name, config: family and configuration of the model.
     folder:      where the state and the checkpoint go; a state of the same recipe is resumed.
     every:       steps between validation scores.
     test_scenes: scenes of the test split that the scores in the card are measured on.
     """
-    run = _Run(config, recipe, device)
+    run = _Run(name, config, recipe, device)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / STATE).is_file():
         run.resume(folder / STATE)
@@ -82,7 +84,7 @@ def train(
         "device": device,
         "curve": run.curve,
     }
-    save_checkpoint(folder, run.averaged.to("cpu"), tokenizer(), training=training)
+    save_checkpoint(folder, name, run.averaged.to("cpu"), tokenizer(), training=training)
     say("scoring the test split")
     return _score_card(folder, recipe.difficulty, test_scenes)
 
@@ -107,14 +109,14 @@ def _score_card(folder: Path, difficulty: str, scenes: int) -> Loaded:
 
 @torch.no_grad()
 def _score(
-    model: SLViT, samples: Iterable[Sample], words: int, device: str
+    model: Network, samples: Iterable[Sample], words: int, device: str
 ) -> tuple[Scores, dict[str, Scores]]:
     """Scores under the protocol ``refshapes``, a few scenes at a time."""
     meter = Meter(PROTOCOLS["refshapes"])
     pending = iter(samples)
     while chunk := list(islice(pending, 16)):
         batch = collate(chunk, words)
-        found = model(*(t.to(device) for t in (batch.pixels, batch.ids, batch.words))) > 0
+        found = model(*(t.to(device) for t in batch.inputs)) > 0
         pairs = [(sample, e) for sample in chunk for e in sample.expressions]
         for mask, (sample, e) in zip(found.cpu().numpy(), pairs, strict=True):
             meter.add(mask, sample.mask(e), family=e.family, things=sample.things)
@@ -124,20 +126,17 @@ def _score(
 class _Run:
     """Everything that changes during a run."""
 
-    def __init__(self, config: SLViTConfig, recipe: Recipe, device: str) -> None:
+    def __init__(self, name: str, config: Any, recipe: Recipe, device: str) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.device = recipe, device
-        self.model = SLViT(config).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        self.head = AttributeHead(config.widths[1:]).to(device)
-        self.averaged = SLViT(config).to(device).eval()
+        build = family(name).build
+        self.model = build(config).to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.head = AttributeHead(self.model.map_widths).to(device)
+        self.averaged = build(config).to(device).eval()
         self.averaged.load_state_dict(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(
             _groups(nn.ModuleList((self.model, self.head)), recipe.decay), lr=recipe.rate
         )
-        self.attention: list[Tensor] = []  # what each block attended to in the last forward
-        for module in self.model.modules():
-            if isinstance(module, VisionLanguageAttention):
-                module.register_forward_hook(lambda _m, _i, out: self.attention.append(out[1]))
         self.meanings = meanings().to(device)
         self.step = 0
         self.curve: list[dict[str, Any]] = []
@@ -158,21 +157,19 @@ class _Run:
         recipe, device = self.recipe, self.device
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate * _schedule(self.step, recipe)
-        pixels, ids, words = (t.to(device) for t in (batch.pixels, batch.ids, batch.words))
+        pixels, ids, words, index = (t.to(device) for t in batch.inputs)
         masks, labels = batch.masks.to(device), batch.labels.to(device)
-        self.attention.clear()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=recipe.bfloat16):
-            products = self.model.encode_text(ids, words)
-            maps, relevances = self.model.features(pixels, words, products)
-            logits = self.model.decode(maps, relevances).float()
-        loss = mask_loss(logits, masks)
+            seen = self.model.rehearse(pixels, ids, words, index, masks)
+        loss = mask_loss(seen.logits.float(), masks)
         weight = recipe.auxiliary * max(0.0, 1.0 - 2.0 * self.step / recipe.steps)
-        total = loss
-        if weight:
-            named = self.meanings[ids.long()]
-            grounded = sum(grounding_loss(a, named, words, labels) for a in self.attention)
-            total = loss + weight * self.head(maps[1:], labels, masks)
-            total = total + weight * grounded / len(self.attention)
+        total = loss + sum((seen.extra or {}).values())
+        if weight and seen.maps:
+            total = total + weight * self.head(seen.maps, labels, index, masks)
+        if weight and seen.attention:
+            named, here = self.meanings[ids.long()], labels[index]
+            grounded = sum(grounding_loss(a, named, words, here) for a in seen.attention)
+            total = total + weight * grounded / len(seen.attention)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total)
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)

@@ -19,7 +19,7 @@ from refedge.export.from_torch import to_onnx
 from refedge.export.lint import lint, require_clean
 from refedge.export.parity import compare
 from refedge.export.weights import split_weights
-from refedge.models.parts import Part, Port
+from refedge.models.parts import Method, Part, Port
 from refedge.runtime.bundle import open_bundle
 
 from ..runtime.test_manifest import MANIFEST
@@ -215,10 +215,9 @@ def part(module: torch.nn.Module) -> Part:
     port = (Port("x", "float32", ("batch", 4)),)
     return Part(
         "mask",
-        module,
+        Method(module, module.forward),
         port,
         (Port("y", "float32", ("batch", 4)),),
-        lambda b, s: (torch.ones(b, 4),),
     )
 
 

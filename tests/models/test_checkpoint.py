@@ -28,7 +28,9 @@ from safetensors.torch import save_file
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     model = seed_weights(SLViT(TINY), 0)
-    return save_checkpoint(tmp_path / "own", model, word_level(words()), training={"pairs": 3})
+    return save_checkpoint(
+        tmp_path / "own", "slvit", model, word_level(words()), training={"pairs": 3}
+    )
 
 
 def test_round_trip(folder: Path) -> None:

@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from refedge.models.examples import host_inputs
 from refedge.models.layouts import from_official, is_dead, official_shapes
+from refedge.models.parts import HOST
 from refedge.models.seeded import seed_weights
 from refedge.models.slvit import PAPER, TINY, SLViT
 
@@ -86,6 +88,13 @@ def test_an_official_file_maps_by_key(tiny: SLViT) -> None:
     assert set(from_official(official)) == set(tiny.state_dict())
 
 
+def inputs_of(batch: int, seed: int) -> tuple[torch.Tensor, ...]:
+    with torch.device("meta"):
+        model = SLViT(TINY)
+    host = host_inputs(model, batch, seed)
+    return tuple(host[name] for name in HOST[:3])
+
+
 def test_tiny_is_tiny() -> None:
     assert sum(p.numel() for p in SLViT(TINY).parameters()) <= 800_000
 
@@ -93,10 +102,11 @@ def test_tiny_is_tiny() -> None:
 @pytest.mark.parametrize("size", [96, 128, 192])
 def test_shapes_at_every_size(size: int) -> None:
     model = SLViT(replace(TINY, size=size)).eval()
-    text, mask = model.parts()
-    ids, words = text.example(2, 0)
+    text = model.parts()[0]
+    host = host_inputs(model, 2, 0)
+    pixels, ids, words = (host[name] for name in HOST[:3])
     with torch.no_grad():
-        logits = model(mask.example(2, 0)[0], ids, words)
+        logits = model(pixels, ids, words)
         products = model.encode_text(ids, words)
     assert logits.shape == (2, size, size)
     assert [tuple(p.shape[1:]) for p in products] == [port.shape[1:] for port in text.outputs]
@@ -110,8 +120,7 @@ def test_impossible_configurations(wrong: dict[str, object]) -> None:
 
 def test_two_forwards_are_equal(tiny: SLViT) -> None:
     """The public code draws the decoder's bases anew at every forward."""
-    text, mask = tiny.parts()
-    inputs = (mask.example(1, 0)[0], *text.example(1, 0))
+    inputs = inputs_of(1, 0)
     with torch.no_grad():
         assert torch.equal(tiny(*inputs), tiny(*inputs))
     again = seed_weights(SLViT(TINY), 3)
@@ -120,9 +129,7 @@ def test_two_forwards_are_equal(tiny: SLViT) -> None:
 
 
 def test_padding_has_no_influence(tiny: SLViT) -> None:
-    text, mask = tiny.parts()
-    ids, words = text.example(2, 0)
-    pixels = mask.example(2, 0)[0]
+    pixels, ids, words = inputs_of(2, 0)
     other = torch.where(words, ids, torch.full_like(ids, 7))
     assert not torch.equal(ids, other)
     with torch.no_grad():
@@ -133,8 +140,7 @@ def test_padding_has_no_influence(tiny: SLViT) -> None:
 
 def test_parts_chain_to_the_whole(tiny: SLViT) -> None:
     text, mask = tiny.parts()
-    ids, words = text.example(3, 1)
-    pixels = mask.example(3, 1)[0]
+    pixels, ids, words = inputs_of(3, 1)
     with torch.no_grad():
         products = text.module(ids, words)
         assert torch.equal(mask.module(pixels, words, *products), tiny(pixels, ids, words))
@@ -142,24 +148,20 @@ def test_parts_chain_to_the_whole(tiny: SLViT) -> None:
 
 def test_seeded_weights_say_something(tiny: SLViT) -> None:
     """design: O(1) activations and 20 to 60 % positive pixels, also on other inputs."""
-    text, mask = tiny.parts()
     with torch.no_grad():
-        logits = tiny(mask.example(4, 9)[0], *text.example(4, 9))
-        maps, _ = tiny.features(
-            mask.example(4, 9)[0], text.example(4, 9)[1], tiny.encode_text(*text.example(4, 9))
-        )
+        logits = tiny(*inputs_of(4, 9))
+        pixels, ids, words = inputs_of(4, 9)
+        maps, _ = tiny.features(pixels, words, tiny.encode_text(ids, words))
     assert 0.2 <= float((logits > 0).float().mean()) <= 0.6
     assert all(0.1 < float(m.std()) < 10 for m in maps)
 
 
 def test_relevance_is_not_constant(tiny: SLViT) -> None:
     """The public code sums the softmax over words, which is one everywhere."""
-    text, mask = tiny.parts()
-    ids, words = text.example(1, 0)
+    pixels, ids, words = inputs_of(1, 0)
     with torch.no_grad():
-        _, relevances = tiny.features(mask.example(1, 0)[0], words, tiny.encode_text(ids, words))
+        _, relevances = tiny.features(pixels, words, tiny.encode_text(ids, words))
     assert all(float(r.std()) > 1e-3 for r in relevances)
-    pixels = mask.example(1, 0)[0]
     margin = tiny.selection_margin(
         {"pixels": pixels.numpy(), "ids": ids.numpy(), "words": words.numpy()}
     )
@@ -169,9 +171,8 @@ def test_relevance_is_not_constant(tiny: SLViT) -> None:
 @pytest.mark.parametrize("score", ["official", "all"])
 def test_other_choices_of_regions(score: str) -> None:
     model = seed_weights(SLViT(replace(TINY, score=score)), 0)
-    text, mask = model.parts()
     with torch.no_grad():
-        logits = model(mask.example(2, 0)[0], *text.example(2, 0))
+        logits = model(*inputs_of(2, 0))
     assert torch.isfinite(logits).all()
 
 
@@ -179,16 +180,14 @@ def test_all_regions_equals_choosing_all_regions() -> None:
     dense = seed_weights(SLViT(replace(TINY, score="all")), 0)
     chosen = SLViT(replace(TINY, score="paper", regions=9)).eval()
     chosen.load_state_dict(dense.state_dict())
-    text, mask = dense.parts()
-    inputs = (mask.example(2, 0)[0], *text.example(2, 0))
+    inputs = inputs_of(2, 0)
     with torch.no_grad():
         torch.testing.assert_close(dense(*inputs), chosen(*inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_reach_everything_that_is_trained() -> None:
     model = SLViT(TINY).train()
-    text, mask = model.parts()
-    model(mask.example(2, 0)[0], *text.example(2, 0)).sum().backward()
+    model(*inputs_of(2, 0)).sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     # biases that instance normalisation cancels, position 20 onwards, unused words
     assert all(n.endswith("bias") or "embeddings" in n for n in without), without

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as coco
-from refedge.runtime.manifest import PostprocessSpec
+from refedge.runtime.manifest import PostprocessSpec, PreprocessSpec
 from refedge.runtime.masks import encode_rle, overlay, to_mask
+from refedge.runtime.preprocess import to_pixels
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -47,6 +48,27 @@ def test_masks_are_resized_to_the_picture() -> None:
     assert mask.shape == (60, 100)
     assert mask[:, :48].all()
     assert not mask[:, 52:].any()
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([32, 96]))
+def test_a_letterboxed_picture_comes_back_where_it_was(width: int, height: int, side: int) -> None:
+    spec = PreprocessSpec(side, side, "letterbox", fill=(9, 9, 9))
+    left, top, right, bottom = frame = spec.frame((width, height))
+    assert 0 <= left < right <= side
+    assert 0 <= top < bottom <= side
+    assert side in (right - left, bottom - top)
+    assert abs((left + right) - side) <= 1
+    assert abs((top + bottom) - side) <= 1
+    pixels = to_pixels(Image.new("RGB", (width, height), (200, 0, 0)), spec)
+    inside = np.zeros((side, side), bool)
+    inside[top:bottom, left:right] = True
+    assert (pixels[inside] == (200, 0, 0)).all()
+    assert (pixels[~inside] == 9).all()
+    # what is said of the border reaches no pixel of the mask
+    logits = np.where(inside, 4.0, -4.0).astype(np.float32)
+    mask, _ = to_mask(logits, (width, height), PostprocessSpec(), frame)
+    assert mask.shape == (height, width)
+    assert mask.all()
 
 
 def test_overlay_keeps_the_mask_and_dims_the_rest() -> None:

@@ -47,13 +47,14 @@ def test_worker_processes_make_the_same_batches() -> None:
 def test_batches_hold_what_the_scenes_hold() -> None:
     sample = RefShapes("val", families=MIXTURE[1])[0]
     batch = collate([sample], 20)
-    assert batch.pixels.shape == (4, 96, 96, 3)
-    assert batch.labels.shape == (4, 4, 96, 96)
+    assert batch.pixels.shape == (1, 96, 96, 3)
+    assert batch.labels.shape == (1, 4, 96, 96)
+    assert batch.index.tolist() == [0, 0, 0, 0]
     for i, e in enumerate(sample.expressions):
         assert torch.equal(batch.masks[i], torch.from_numpy(sample.mask(e)))
         if e.target >= 0:
             thing = sample.scene.things[e.target]
-            shape, colour = (batch.labels[i, j][batch.masks[i]].unique().tolist() for j in (0, 1))
+            shape, colour = (batch.labels[0, j][batch.masks[i]].unique().tolist() for j in (0, 1))
             assert shape == [SHAPES.index(thing.shape) + 1]
             assert colour == [COLOURS.index(thing.colour) + 1]
     assert (batch.labels[0][:, torch.from_numpy(sample.things == 0)] == 0).all()
@@ -104,10 +105,17 @@ def test_grounding_wants_true_words() -> None:
 def test_attribute_head_sees_every_label() -> None:
     head = AttributeHead((8,))
     batch = collate([RefShapes("val")[0]], 20)
-    loss = head([torch.randn(5, 8, 12, 12)], batch.labels, batch.masks)
+    loss = head([torch.randn(5, 8, 12, 12)], batch.labels, batch.index, batch.masks)
     assert loss.isfinite()
     loss.backward()
     assert head.layers[0].weight.grad is not None
+    shared = torch.randn(1, 8, 12, 12)
+    alone = head([shared], batch.labels, batch.index, batch.masks)
+    masks = torch.rand(batch.masks.shape) > 0.5
+    # maps of the picture are not asked what an expression means
+    assert torch.equal(alone, head([shared], batch.labels, batch.index, masks))
+    repeated = head([shared.expand(5, -1, -1, -1)], batch.labels, batch.index, batch.masks)
+    assert repeated > alone
 
 
 def test_the_schedule_warms_up_and_cools_down() -> None:
@@ -123,7 +131,9 @@ def test_a_run_stops_resumes_and_ships(tmp_path: Path) -> None:
     """Two runs of the same recipe, one of them cut in the middle, end with the same weights."""
     config = replace(TINY, size=96)
     lines: list[str] = []
-    straight = train(config, SHORT, tmp_path / "a", every=4, test_scenes=2, say=lines.append)
+    straight = train(
+        "slvit", config, SHORT, tmp_path / "a", every=4, test_scenes=2, say=lines.append
+    )
     assert len(lines) == 2
     assert "val mIoU" in lines[0]
     assert straight.card.scores["refshapes:test"]["overall"]["count"] == 8
@@ -135,9 +145,11 @@ def test_a_run_stops_resumes_and_ships(tmp_path: Path) -> None:
         raise StopError
 
     with pytest.raises(StopError):
-        train(config, SHORT, tmp_path / "b", every=2, say=stop)
+        train("slvit", config, SHORT, tmp_path / "b", every=2, say=stop)
     assert not (tmp_path / "b" / "card.json").exists()
-    resumed = train(config, SHORT, tmp_path / "b", every=2, test_scenes=2, say=lines.append)
+    resumed = train(
+        "slvit", config, SHORT, tmp_path / "b", every=2, test_scenes=2, say=lines.append
+    )
     assert lines[2] == "resumed at step 2 of 4"
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -145,5 +157,5 @@ def test_a_run_stops_resumes_and_ships(tmp_path: Path) -> None:
     assert loaded.card.training["pairs"] == 16
     assert [point["step"] for point in loaded.card.training["curve"]] == [2, 4]
     with pytest.raises(CheckpointError) as caught:
-        train(config, replace(SHORT, seed=9), tmp_path / "b", say=lambda _: None)
+        train("slvit", config, replace(SHORT, seed=9), tmp_path / "b", say=lambda _: None)
     assert caught.value.code == "train-recipe"
