@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .parts import Network
 
-_CLASSES = {"slvit": "SLViT"}
+_CLASSES = {"slvit": "SLViT", "lavt": "LAVT"}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mscan import normalise_pixels
-from .parts import BATCH, Framing, Part, Port, Rehearsal
+from .parts import BATCH, CrossAttention, Method, Network, Part, Port, Rehearsal
 from .pwam import PWAM
 from .swin import Swin, SwinConfig
 from .text import TextConfig, bert, encode
@@ -107,7 +107,7 @@ def _gate(width: int) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), second, nn.Tanh())
 
 
-class LAVT(nn.Module):
+class LAVT(Network):
     """The whole network; see the module docstring."""
 
     def __init__(self, config: LAVTConfig = PAPER) -> None:
@@ -129,11 +129,7 @@ class LAVT(nn.Module):
     std: Tensor
     high: ClassVar[tuple[str, ...]] = ("classifier.conv1_1",)
     tokens: ClassVar[str] = "wordpiece"
-
-    @property
-    def framing(self) -> Framing:
-        """Squashed to the square; the mask is where the foreground's score is larger."""
-        return Framing()
+    config: LAVTConfig
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -199,6 +195,10 @@ class LAVT(nn.Module):
         maps, _ = self.features(pixels, words, self.encode_text(ids, words), image_index)
         return self.decode(maps)
 
+    def _mask(self, pixels: Tensor, words: Tensor, *products: Tensor) -> Tensor:
+        maps, _ = self.features(pixels, words, products)
+        return self.decode(maps)
+
     def rehearse(
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor, masks: Tensor
     ) -> Rehearsal:
@@ -214,6 +214,14 @@ class LAVT(nn.Module):
         bias[1] -= shift
         weight.mul_(scale)
         bias.mul_(scale)
+
+    def cross_attention(self) -> tuple[CrossAttention, ...]:
+        """One head as wide as the map, behind every stage."""
+        c = self.config
+        return tuple(
+            CrossAttention(f"stage {i}", 1, (c.size >> i + 1) ** 2, c.words, 1, width)
+            for i, width in enumerate(c.swin.widths, start=1)
+        )
 
     def parts(self) -> tuple[Part, ...]:
         """The two graphs: ``text`` once per expression, ``mask`` for every picture."""
@@ -231,43 +239,6 @@ class LAVT(nn.Module):
         pixels = Port("pixels", "uint8", (BATCH, c.size, c.size, 3))
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         return (
-            Part("text", _TextPart(self), (ids, words), products, self._example_text),
-            Part("mask", _MaskPart(self), (pixels, words, *products), (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), products),
+            Part("mask", Method(self, self._mask), (pixels, words, *products), (logits,)),
         )
-
-    def _example_text(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        c = self.config
-        lengths = torch.randint(3, c.words + 1, (batch, 1), generator=generator)
-        words = torch.arange(c.words)[None] < lengths
-        ids = torch.randint(2, c.vocabulary, (batch, c.words), generator=generator)
-        return (ids * words).to(torch.int32), words
-
-    def _example(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed + 1)
-        shape = (batch, 3, self.config.size // 16, self.config.size // 16)
-        coarse = torch.randint(0, 256, shape, generator=generator).float()
-        pixels = F.interpolate(coarse, scale_factor=16, mode="bilinear").round().to(torch.uint8)
-        ids, words = self._example_text(batch, seed)
-        with torch.no_grad():
-            products = self.encode_text(ids, words)
-        return (pixels.permute(0, 2, 3, 1).contiguous(), words, *products)
-
-
-class _TextPart(nn.Module):
-    def __init__(self, model: LAVT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, words: Tensor) -> TextProducts:
-        return self.model.encode_text(ids, words)
-
-
-class _MaskPart(nn.Module):
-    def __init__(self, model: LAVT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor, words: Tensor, *products: Tensor) -> Tensor:
-        maps, _ = self.model.features(pixels, words, products)
-        return self.model.decode(maps)
