@@ -109,7 +109,7 @@ def _manifest(
         files={},
         provenance={
             "checkpoint": loaded.card.sha256 or "none: seeded, untrained weights",
-            "trained": bool(loaded.card.training),
+            "trained": bool(loaded.card.training) and not loaded.card.training.get("seeded"),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in ("refedge", *_PACKAGES)},
         },

@@ -148,6 +148,34 @@ def clip_stand_in(words: Iterable[str], size: int = 49408) -> Tokenizer:
     return _clip(vocabulary, list(ranks))
 
 
+def made_up(kind: str, words: Iterable[str], size: int) -> tuple[Tokenizer, str]:
+    """A tokenizer for a model whose vocabulary is not at hand, and what a card calls it.
+
+    kind: ``wordpiece``, ``clip`` or ``word-level``; so few ids that they are closed are words.
+    """
+    if kind == "word-level" or size < CLOSED:
+        return word_level(words), "word-level"
+    stand_in = clip_stand_in if kind == "clip" else bert_stand_in
+    return stand_in(words, size), STAND_IN
+
+
+def tokenizer_in(folder: Path, *, required: bool = True) -> Tokenizer | None:
+    """That of a folder with ``vocab.txt``, or with ``vocab.json`` and ``merges.txt``."""
+    if (folder / "vocab.txt").is_file():
+        return wordpiece(folder / "vocab.txt")
+    if (folder / "vocab.json").is_file():
+        return clip_bpe(folder / "vocab.json", folder / "merges.txt")
+    if required:
+        raise _damaged(folder, "it holds neither vocab.txt nor vocab.json with merges.txt")
+    return None
+
+
+def kind_of(tokenizer: Tokenizer) -> str:
+    """``wordpiece``, ``clip`` or ``word-level``."""
+    vocabulary = tokenizer.get_vocab()
+    return "clip" if _END in vocabulary else "wordpiece" if "[CLS]" in vocabulary else "word-level"
+
+
 def _numbered(words: Iterable[str]) -> dict[str, int]:
     vocabulary = {_PAD: 0, _UNK: 1}
     for word in words:

@@ -9,6 +9,7 @@ from typing import Any
 from .refused import damaged, other_layout
 from .weights import State, missing, read_weights
 
+Settings = tuple[Any, Any, tuple[str, ...]]
 FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -25,19 +26,21 @@ def weights_of(folder: Path) -> Path:
     )
 
 
-def read_folder(folder: Path, expected: dict[str, Any], usual: dict[str, Any]) -> State:
+def read_folder(folder: Path, settings: dict[str, Settings]) -> State:
     """The weights, once ``config.json`` says what the model expects.
 
-    expected: dotted field to value, such as ``text_config.hidden_size``.
-    usual:    what a field means that the file does not mention.
+    settings: section of the file (empty for the whole) to the model's own configuration, one with
+              transformers' defaults, which the file leaves out, and the fields to compare.
     """
     weights = weights_of(folder)
     config = _config(folder / "config.json")
     odd = []
-    for name, value in expected.items():
-        found = _field(config, name, usual.get(name, value))
-        if found != value:
-            odd.append(f"{name} is {found!r:.40}, the model has {value!r}")
+    for section, (own, usual, fields) in settings.items():
+        found = config.get(section, {}) if section else config
+        for name in fields:
+            value = found.get(name, getattr(usual, name)) if isinstance(found, dict) else None
+            if value != getattr(own, name):
+                odd.append(f"{name} is {value!r:.40}, the model has {getattr(own, name)!r}")
     if odd:
         raise other_layout(
             folder, "; ".join(odd), "take the weights of that size, or another configuration"
@@ -54,13 +57,4 @@ def _config(path: Path) -> dict[str, Any]:
         raise damaged(path, str(error)) from error
     if not isinstance(found, dict):
         raise damaged(path, f"it is a {type(found).__name__}, not a table of settings")
-    return found
-
-
-def _field(config: dict[str, Any], name: str, usual: Any) -> Any:
-    found: Any = config
-    for part in name.split("."):
-        if not isinstance(found, dict) or part not in found:
-            return usual
-        found = found[part]
     return found

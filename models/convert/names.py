@@ -46,8 +46,7 @@ def mscan(state: State) -> State:
     state = {k.removeprefix("module."): v for k, v in state.items()}
     inner = {k.removeprefix("backbone."): v for k, v in state.items()}
     kept = _without(inner, r"(head|decode_head|auxiliary_head)\..*")
-    return {re.sub(r"\.dwconv\.(weight|bias)$", r".dwconv.dwconv.\1",
-                   k.replace(".dwconv.dwconv.", ".dwconv.")): v for k, v in kept.items()}  # fmt: skip
+    return {_renamed(k, _MSCAN): v for k, v in kept.items()}
 
 
 def swin(state: State) -> State:
@@ -88,6 +87,7 @@ _BERT = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
 )
+_MSCAN = ((r"mlp\.dwconv\.(weight|bias)$", r"mlp.dwconv.dwconv.\1"),)
 _CLIP = (
     (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),

@@ -34,6 +34,7 @@ State = dict[str, Tensor]
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER, of the format before 1.6
 _MOST_NAMES = 100_000
+_LONGEST_NAME = 1000
 _SHARED = 4  # how much larger the tensors may be than the file: BERT's output layer is its input's
 
 
@@ -75,14 +76,19 @@ def read_weights(path: Path, *groups: str) -> dict[str, State]:
         elif type(content) is dict and any(type(v) is Stored for v in content.values()):
             found = {groups[0]: content}
         else:
-            held = ", ".join(map(str, content)) if type(content) is dict else type(content).__name__
             raise other_layout(
                 path,
-                f"it holds {held[:200] or 'nothing'}",
+                f"it holds {_held(content)}",
                 f"give a file with {' or '.join(repr(g) for g in groups)} or a state dict",
             )
         _check_budget(file, found)
         return {g: _state(file, records) for g, records in found.items()}
+
+
+def _held(content: Any) -> str:
+    if type(content) is dict:
+        return ", ".join(map(str, content))[:200] or "nothing"
+    return "a bare tensor" if type(content) is Stored else f"a {type(content).__name__}"
 
 
 def missing(path: Path, error: OSError) -> CheckpointError:
@@ -182,10 +188,15 @@ class _Bounded:
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file, self.size = file, size
-        self.readline = file.readline
 
     def read(self, n: int, /) -> bytes:
         return self.file.read(min(n, self.size - self.file.tell()))
+
+    def readline(self) -> bytes:
+        line = self.file.readline(_LONGEST_NAME)
+        if not line.endswith(b"\n"):
+            raise EOFError("a name does not end")
+        return line
 
 
 def _attributes(path: Path, module: Thing) -> dict[str, Stored]:
@@ -197,7 +208,7 @@ def _attributes(path: Path, module: Thing) -> dict[str, Stored]:
         prefix, thing = waiting.pop()
         for name, value in thing.state.items():
             seen += 1
-            if seen > _MOST_NAMES or len(prefix) > 1000:
+            if seen > _MOST_NAMES or len(prefix) > _LONGEST_NAME:
                 raise damaged(path, "its modules hold one another without end")
             if type(value) is Stored:
                 found[f"{prefix}{name}"] = value
