@@ -1,0 +1,466 @@
+"""STEP: see-through-text grouping (Chen et al., ICCV 2019).
+
+A recurrent network looks at the maps F1 .. F5 of a dilated ResNet in turn, ``folds`` times over.
+Every step pools the words by what the pixels of the mask so far attend to, compares the pooled
+words with every pixel in a joint space, and feeds the heat map to a ConvGRU whose state is read out
+as the next mask.
+
+The paper pools a sentence vector from all pixels and words in every step. The sums are ordered
+differently here, which is exact: which word a pixel attends to does not change from step to step,
+so that it is computed once per level; the pooled sentence is then a mean of T vectors, and its
+projection into the joint space is one of vectors projected beforehand, with the text. All products
+of pixels alone and of words alone leave the loop.
+
+The output is the logit of the last mask, upsampled. The paper upsamples the probability; the two
+agree on the grid and, between its points, wherever neighbours lie on the same side of one half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .deeplab import DeepLab, DeepLabConfig
+from .mscan import normalise_pixels
+from .parts import BATCH, IMAGES, Framing, Part, Port, Rehearsal, pictures
+from .recurrent import BiRecurrent, WordVectors
+from .text import MASKED
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+LEVELS = 5
+FINE = 2  # levels of stride 4; the others have stride 8
+EPS = 1e-12
+EARLY = 0.3  # weight in training of the masks before the last
+
+Products = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class STEPConfig:
+    """Sizes of a STEP; the defaults are the paper's, or where it is silent the usual ones.
+
+    size:      pixels per side, a multiple of 8.
+    words:     tokens per expression; longer ones are cut, shorter ones padded.
+    hidden:    width of the LSTM, per direction.
+    context:   channels of the atrous convolutions.
+    keep_dim:  let them have the channels of their inputs, coordinates included, instead.
+    key:       width in which pixels attend to words.
+    joint:     width in which pooled words and pixels are compared.
+    filters:   channels of the ConvGRU.
+    folds:     how often the five levels are visited.
+    deep_first: visit F5 to F1 instead of F1 to F5.
+    stride:    pixels per cell of the ConvGRU's state, 4 or 8.
+    echoes:    the ConvGRU also sees the last mask and the last heat map.
+    """
+
+    size: int = 320
+    words: int = 20
+    vocabulary: int = 12112
+    word_width: int = 300
+    hidden: int = 1000
+    backbone: DeepLabConfig = field(default_factory=DeepLabConfig)
+    context: int = 512
+    keep_dim: bool = False
+    key: int = 400
+    joint: int = 1000
+    filters: int = 32
+    folds: int = 5
+    deep_first: bool = False
+    stride: int = 4
+    echoes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size % 8 or self.stride not in (4, 8) or self.folds < 1:
+            raise ValueError(
+                f"size {self.size} is no multiple of 8, stride {self.stride} not 4 or 8, "
+                f"or {self.folds} folds are none"
+            )
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Cells per side of F1 to F5."""
+        return tuple(self.size // (4 if level < FINE else 8) for level in range(LEVELS))
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Channels of the atrous convolutions of F1 to F5."""
+        kept = tuple(c + 8 for c in self.backbone.channels)
+        return kept if self.keep_dim else (self.context,) * LEVELS
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """The level of every step, from 0."""
+        once = tuple(range(LEVELS))
+        return (once[::-1] if self.deep_first else once) * self.folds
+
+
+PAPER = STEPConfig()
+TINY = STEPConfig(
+    size=96,
+    vocabulary=64,
+    word_width=48,
+    hidden=48,
+    backbone=DeepLabConfig(24, 5, (24, 32, 40, 48), (1, 1, 2, 1), 2),
+    context=64,
+    key=48,
+    joint=96,
+    filters=16,
+    folds=1,
+    echoes=True,
+)
+CONFIGS = {"paper": PAPER, "tiny": TINY}
+
+
+def coordinates(side: int) -> Tensor:
+    """[1, 8, side, side]: each cell's left, top, right, bottom, centre x and y in -1 to 1, 1/side.
+
+    The code of Liu et al., "Recurrent multimodal interaction", ICCV 2017.
+    """
+    edges = torch.arange(side + 1) * (2.0 / side) - 1.0
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    left, top, right, bottom = edges[x], edges[y], edges[x + 1], edges[y + 1]
+    part = torch.full((side, side), 1.0 / side)
+    centre = (left + right) / 2, (top + bottom) / 2
+    return torch.stack((left, top, right, bottom, *centre, part, part))[None]
+
+
+class Atrous(nn.Module):
+    """3x3 convolution of rate 3 over a map and its coordinates, batch norm, ReLU.
+
+    The weights of the coordinates are a convolution of their own, whose result is a constant; so
+    nothing has to be concatenated, and the coordinates stay exact when the map is quantized. It
+    enters behind the batch norm.
+    """
+
+    def __init__(self, channels: int, out: int, side: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, 3, padding=3, dilation=3, bias=False)
+        self.bn = nn.BatchNorm2d(out)
+        self.place = nn.Conv2d(8, out, 3, padding=3, dilation=3, bias=False)
+        self.register_buffer("code", coordinates(side), persistent=False)
+
+    code: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + self.place(self.code))
+
+
+class Unit(nn.Module):
+    """L2 norm over the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / ((x * x).sum(-1, keepdim=True) + EPS).sqrt()
+
+
+class WordAttention(nn.Module):
+    """Which words each pixel attends to: queries [B, N, K], keys [B, K, T] to [B, N, T]."""
+
+    def forward(self, queries: Tensor, keys: Tensor, words: Tensor) -> Tensor:
+        scores = torch.where(words[:, None], queries @ keys, MASKED)
+        return scores.softmax(-1)
+
+
+class Focus(nn.Module):
+    """Weights of words [B, 1, T]: the attention [B, N, T] of the pixels of a mask [B, 1, h, w].
+
+    Pixels count by the softmax of their probabilities, which is nearly flat; without a mask, all
+    count alike.
+    """
+
+    def forward(self, attention: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return attention.mean(1, keepdim=True)
+        return mask.flatten(2).softmax(-1) @ attention
+
+
+class Point(nn.Module):
+    """Where an expression lies in the joint space.
+
+    weights [B, 1, T] of its words and their values [B, T, D] to [B, 1, D].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = Unit()
+
+    def forward(self, weights: Tensor, values: Tensor) -> Tensor:
+        unit: Tensor = self.unit(torch.tanh(weights @ values))
+        return unit
+
+
+class HeatMap(nn.Module):
+    """Cosine of pixels [B, N, D] and points [B, 1, D], none below zero: [B, 1, side, side]."""
+
+    def forward(self, pixels: Tensor, point: Tensor, side: int) -> Tensor:
+        return F.relu(pixels @ point.transpose(1, 2)).reshape(-1, 1, side, side)
+
+
+class ConvGRU(nn.Module):
+    """A convolutional GRU (Ballas et al., ICLR 2016); x [B, inputs, H, W], h [B, filters, H, W].
+
+    inputs holds the three input kernels, for reset, update and candidate; gates and candidate the
+    recurrent ones. Channels that x lacks, and a state of None, are zero.
+    """
+
+    def __init__(self, inputs: int, filters: int) -> None:
+        super().__init__()
+        self.inputs = nn.Conv2d(inputs, 3 * filters, 3, padding=1)
+        self.gates = nn.Conv2d(filters, 2 * filters, 3, padding=1, bias=False)
+        self.candidate = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
+        self.filters = filters
+
+    def forward(self, x: Tensor, h: Tensor | None) -> Tensor:
+        weight = self.inputs.weight[:, : x.shape[1]]
+        seen = F.conv2d(x, weight, self.inputs.bias, padding=1)
+        gates, new = torch.split(seen, (2 * self.filters, self.filters), 1)
+        if h is None:
+            return torch.sigmoid(-gates[:, self.filters :]) * torch.tanh(new)
+        reset, keep = torch.sigmoid(gates + self.gates(h)).chunk(2, 1)
+        new = torch.tanh(new + self.candidate(reset * h))
+        return new + keep * (h - new)
+
+
+def resize(x: Tensor, side: int) -> Tensor:
+    """Bilinear, [B, C, h, h] to half, the same or double the side."""
+    if x.shape[2] == side:
+        return x
+    if x.shape[2] == 2 * side:
+        return F.avg_pool2d(x, 2)  # what bilinear halving is
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, H, W] to [B, H * W, C]."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class STEP(nn.Module):
+    """The whole network; see the module docstring.
+
+    Per level: ``atrous``, and two 1x1 convolutions of its map, ``vt`` into the space of the words'
+    keys ``ht`` and ``phi`` into the joint space of ``psi``.
+    """
+
+    def __init__(self, config: STEPConfig = PAPER) -> None:
+        super().__init__()
+        self.config = c = config
+        self.embedding = WordVectors(c.vocabulary, c.word_width)
+        self.lstm = BiRecurrent("lstm", c.word_width, c.hidden)
+        self.ht = nn.Linear(2 * c.hidden, c.key)
+        self.psi = nn.Linear(2 * c.hidden, c.joint)
+        self.backbone = DeepLab(c.backbone)
+        self.atrous = nn.ModuleList(
+            Atrous(*sizes) for sizes in zip(c.backbone.channels, c.contexts, c.grids, strict=True)
+        )
+        self.vt = nn.ModuleList(nn.Conv2d(width, c.key, 1) for width in c.contexts)
+        self.phi = nn.ModuleList(nn.Conv2d(width, c.joint, 1) for width in c.contexts)
+        self.unit = Unit()
+        self.attend = WordAttention()
+        self.focus = Focus()
+        self.point = Point()
+        self.heat = HeatMap()
+        self.gru = ConvGRU(3 if c.echoes else 1, c.filters)
+        self.head = nn.Conv2d(c.filters, 1, 1)
+        self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
+        self.register_buffer("std", torch.tensor(STD), persistent=False)
+
+    mean: Tensor
+    std: Tensor
+    # float32 in every precision plan: norms, the pooling by probabilities, coordinates, last layer
+    high = (
+        "unit",
+        "point.unit",
+        "focus",
+        "head",
+        *(f"atrous.{level}.place" for level in range(LEVELS)),
+    )
+    tokens = "word-level"
+
+    @property
+    def framing(self) -> Framing:
+        """Letterbox; the border is zero once pixels are normalised."""
+        return Framing(resize="letterbox", fill=(124, 116, 104))
+
+    @property
+    def map_widths(self) -> tuple[int, ...]:
+        """Channels of the atrous maps of F1 to F5."""
+        return self.config.contexts
+
+    def encode_text(self, ids: Tensor, words: Tensor) -> Products:
+        """ids [B, T] int32, words [B, T] bool to keys [B, key, T] and values [B, T, joint].
+
+        keys are the paper's ht; values are psi's linear layer applied to every word, bias and all,
+        which is the same as applying it to a mean of words.
+        """
+        states = self.lstm(self.embedding(ids), words)
+        return self.ht(states).transpose(1, 2), self.psi(states)
+
+    def atrous_maps(self, pixels: Tensor) -> list[Tensor]:
+        """pixels [I, S, S, 3] uint8 to five maps [I, context, h, w]."""
+        maps = self.backbone(normalise_pixels(pixels, self.mean, self.std))
+        return [atrous(x) for atrous, x in zip(self.atrous, maps, strict=True)]
+
+    def project(self, maps: list[Tensor]) -> Products:
+        """Atrous maps to queries_1, phi_1, queries_2, ...: [I, N, key] and [I, N, joint]."""
+        products: list[Tensor] = []
+        for x, vt, phi in zip(maps, self.vt, self.phi, strict=True):
+            products.append(_rows(vt(x)))
+            products.append(self.unit(torch.tanh(_rows(phi(x)))))
+        return tuple(products)
+
+    def encode_image(self, pixels: Tensor) -> Products:
+        """pixels [I, S, S, 3] uint8 to the products of every level."""
+        return self.project(self.atrous_maps(pixels))
+
+    def steps(
+        self, words: Tensor, text: Products, image: Products
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The logits [B, 1, h, w] of every step, and the attention [B, N, T] of every level.
+
+        text and image are products of the same B pairs.
+        """
+        keys, values = text
+        queries, embedded = image[::2], image[1::2]
+        attention = [self.attend(q, keys, words) for q in queries]
+        c = self.config
+        grid = c.size // c.stride
+        state: Tensor | None = None
+        mask: Tensor | None = None
+        echoes: Products = ()
+        logits: list[Tensor] = []
+        for level in c.schedule:
+            side = c.grids[level]
+            pooled = self.focus(attention[level], None if mask is None else resize(mask, side))
+            heat = resize(self.heat(embedded[level], self.point(pooled, values), side), grid)
+            state = self.gru(torch.cat((heat, *echoes), 1), state)
+            logits.append(self.head(state))
+            mask = torch.sigmoid(logits[-1])
+            echoes = (mask, heat) if c.echoes else ()
+        return logits, attention
+
+    def upsample(self, logits: Tensor) -> Tensor:
+        """[B, 1, h, w] to [B, S, S]."""
+        scale = float(self.config.stride)
+        return F.interpolate(logits, scale_factor=scale, mode="bilinear").squeeze(1)
+
+    def decode(self, words: Tensor, image_index: Tensor | None, *products: Tensor) -> Tensor:
+        """words [B, T], keys, values, and products of pictures to logits [B, S, S]."""
+        image = products[2:]
+        if image_index is not None:
+            image = tuple(x.index_select(0, image_index) for x in image)
+        logits, _ = self.steps(words, products[:2], image)
+        return self.upsample(logits[-1])
+
+    def forward(
+        self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
+    ) -> Tensor:
+        """pixels [I, S, S, 3] uint8, ids [B, T] int32, words [B, T] bool to logits [B, S, S]."""
+        products = (*self.encode_text(ids, words), *self.encode_image(pixels))
+        return self.decode(words, image_index, *products)
+
+    def rehearse(
+        self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor, masks: Tensor
+    ) -> Rehearsal:
+        """The same, with a loss on the masks of the steps before the last."""
+        maps = self.atrous_maps(pixels)
+        image = tuple(x.index_select(0, image_index) for x in self.project(maps))
+        logits, attention = self.steps(words, self.encode_text(ids, words), image)
+        truth = F.avg_pool2d(masks[:, None].float(), self.config.stride)
+        early = torch.cat(logits[:-1], 1)
+        loss = F.binary_cross_entropy_with_logits(
+            early, truth.expand_as(early), weight=1.0 + 3.0 * truth
+        )
+        return Rehearsal(
+            logits=self.upsample(logits[-1]),
+            maps=tuple(maps),
+            attention=tuple(a.transpose(1, 2) for a in attention),
+            extra={"steps": EARLY * loss},
+        )
+
+    @torch.no_grad()
+    def rescale(self, shift: float, scale: float) -> None:
+        """Make logits ``scale * (logits - shift)``.
+
+        Not to the last digit: masks on the way are read out by the same layer, and guide (weakly)
+        what the next step looks for.
+        """
+        weight, bias = self.head.weight, self.head.bias
+        weight.mul_(scale)
+        if bias is not None:
+            bias.sub_(shift).mul_(scale)
+
+    def parts(self) -> tuple[Part, ...]:
+        """``text`` once per expression, ``image`` once per picture, ``mask`` for the loop."""
+        c = self.config
+        ids = Port("ids", "int32", (BATCH, c.words))
+        words = Port("words", "bool", (BATCH, c.words))
+        keys = Port("keys", "float32", (BATCH, c.key, c.words))
+        values = Port("values", "float32", (BATCH, c.words, c.joint))
+        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
+        products = tuple(
+            Port(f"{name}_{level}", "float32", (IMAGES, side * side, width))
+            for level, side in enumerate(c.grids, start=1)
+            for name, width in (("queries", c.key), ("phi", c.joint))
+        )
+        index = Port("image_index", "int32", (BATCH,))
+        logits = Port("logits", "float32", (BATCH, c.size, c.size))
+        given = (words, index, keys, values, *products)
+        return (
+            Part("text", _Text(self), (ids, words), (keys, values), self._example_text),
+            Part("image", _Image(self), (pixels,), products, self._example_image),
+            Part("mask", _Mask(self), given, (logits,), self._example),
+        )
+
+    def _example_text(self, batch: int, seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        c = self.config
+        lengths = torch.randint(3, c.words + 1, (batch, 1), generator=generator)
+        words = torch.arange(c.words)[None] < lengths
+        ids = torch.randint(2, c.vocabulary, (batch, c.words), generator=generator)
+        return (ids * words).to(torch.int32), words
+
+    def _example_image(self, batch: int, seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed + 1)
+        side = self.config.size
+        shape = (pictures(batch), 3, side // 8, side // 8)
+        coarse = torch.randint(0, 256, shape, generator=generator).float()
+        pixels = F.interpolate(coarse, scale_factor=8, mode="bilinear").round().to(torch.uint8)
+        return (pixels.permute(0, 2, 3, 1).contiguous(),)
+
+    @torch.no_grad()
+    def _example(self, batch: int, seed: int) -> tuple[Tensor, ...]:
+        ids, words = self._example_text(batch, seed)
+        index = (torch.arange(batch) // 2).to(torch.int32)
+        image = self.encode_image(*self._example_image(batch, seed))
+        return (words, index, *self.encode_text(ids, words), *image)
+
+
+class _Text(nn.Module):
+    def __init__(self, model: STEP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, words: Tensor) -> Products:
+        return self.model.encode_text(ids, words)
+
+
+class _Image(nn.Module):
+    def __init__(self, model: STEP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Products:
+        return self.model.encode_image(pixels)
+
+
+class _Mask(nn.Module):
+    def __init__(self, model: STEP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, words: Tensor, image_index: Tensor, *products: Tensor) -> Tensor:
+        return self.model.decode(words, image_index, *products)
