@@ -159,14 +159,12 @@ def made_up(kind: str, words: Iterable[str], size: int) -> tuple[Tokenizer, str]
     return stand_in(words, size), STAND_IN
 
 
-def tokenizer_in(folder: Path, *, required: bool = True) -> Tokenizer | None:
+def tokenizer_in(folder: Path) -> Tokenizer | None:
     """That of a folder with ``vocab.txt``, or with ``vocab.json`` and ``merges.txt``."""
     if (folder / "vocab.txt").is_file():
         return wordpiece(folder / "vocab.txt")
     if (folder / "vocab.json").is_file():
         return clip_bpe(folder / "vocab.json", folder / "merges.txt")
-    if required:
-        raise _damaged(folder, "it holds neither vocab.txt nor vocab.json with merges.txt")
     return None
 
 

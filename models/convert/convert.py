@@ -103,18 +103,16 @@ def _tokenizer(
 ) -> tuple[Tokenizer, str]:
     """The tokenizer of the files, or of the folder, or a stand-in; and its name in the card."""
     size = network.config.vocabulary
-    found = [f.tokenizer for f in fillings if f.tokenizer is not None]
-    if folder is not None:
-        found = [tokenizer_in(folder)]
-    if not found:
+    found = [f.tokenizer for f in fillings] if folder is None else [tokenizer_in(folder)]
+    tokenizer = next((t for t in found if t is not None), None)
+    if tokenizer is None and folder is None:
         return made_up(network.tokens, spare, size)
-    tokenizer = found[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= size:
+    largest = -1 if tokenizer is None else max(tokenizer.get_vocab().values())
+    if tokenizer is None or largest >= size:
         raise CheckpointError(
             "convert-vocabulary",
-            f"the vocabulary has {largest + 1} ids, {type(network).__name__} knows {size}",
-            why="an id beyond the table of embeddings has no vector",
-            fix="give the vocabulary that belongs to the weights",
+            f"{folder or 'the vocabulary of these files'} is none for {type(network).__name__}",
+            why=f"the model knows {size} ids, the vocabulary has {largest + 1}",
+            fix="give a folder with vocab.txt, or vocab.json and merges.txt, of these weights",
         )
     return tokenizer, kind_of(tokenizer)

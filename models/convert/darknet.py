@@ -8,6 +8,8 @@ kernel. Nothing names them, so the count must be that of a file that is known: D
 
 from __future__ import annotations
 
+import copy
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +24,19 @@ _CLASSES = 1000  # of the classifier
 
 
 def read_darknet(path: Path, network: Darknet) -> State:
-    """The weights under the network's names; the network itself is filled on the way."""
+    """The weights for a network, under its names."""
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise missing(path, error) from error
-    header = np.frombuffer(raw[:12], "<i4")
-    if len(raw) < 20 or header.min() < 0 or header.max() > 1000:
+    major, minor, revision = struct.unpack("<3i", raw[:12]) if len(raw) >= 20 else (-1, -1, -1)
+    if min(major, minor, revision) < 0 or max(major, minor) > 1000:
         raise damaged(path, "it does not begin with Darknet's version numbers")
-    major, minor, _ = header.tolist()
     body = raw[20 if 10 * major + minor >= 2 else 16 :]
     if len(body) % 4:
         raise damaged(path, f"{len(body)} bytes are no whole number of float32")
     values = np.frombuffer(body, "<f4").astype(np.float32)
+    network = copy.deepcopy(network)
     rest = len(values) - load_weights(network, values)
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     widths = tuple(layer.conv.out_channels for layer in network.layers())[-1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def weights_of(folder: Path) -> Path:
     )
 
 
-def read_folder(folder: Path, settings: dict[str, Settings]) -> State:
+def read_folder(folder: Path, settings: Mapping[str, Settings]) -> State:
     """The weights, once ``config.json`` says what the model expects.
 
     settings: section of the file (empty for the whole) to the model's own configuration, one with

@@ -41,6 +41,8 @@ _SIZES = (
     *("hidden_act", "layer_norm_eps"),
 )
 
+_POSITIONS = ("position_embedding.weight", "attnpool.positional_embedding")
+
 
 @dataclass(frozen=True)
 class Filling:
@@ -87,17 +89,21 @@ def place(model: Network, filling: Filling, path: Path) -> None:
     own = model.state_dict()
     covered = {name for name in own if re.fullmatch(filling.covers, name)}
     stray = [name for name in filling.state if name in own and name not in covered]
+    if stray:
+        raise _mismatch(model, path, f"{len(stray)} unexpected: {', '.join(stray[:5])}")
     try:
-        if stray:
-            raise CheckpointError("", "", why=f"{len(stray)} unexpected: {stray[:5]}", fix="")
         fit(model, {k: v for k, v in own.items() if k not in covered} | filling.state)
     except CheckpointError as error:
-        raise CheckpointError(
-            "checkpoint-mismatch",
-            f"{path} does not fit {type(model).__name__}",
-            why=error.why,
-            fix="give the file of this layout, size and configuration",
-        ) from error
+        raise _mismatch(model, path, error.why) from error
+
+
+def _mismatch(model: Network, path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        "checkpoint-mismatch",
+        f"{path} does not fit {type(model).__name__}",
+        why=why,
+        fix="give the file of this layout, size and configuration",
+    )
 
 
 def files_of(layout: str, path: Path) -> dict[str, str]:
@@ -172,15 +178,12 @@ def _bert(path: Path, model: Network) -> Filling:
     prefix, module = _part(model, BertModel, "bert")
     fields = ("vocab_size", "max_position_embeddings", "type_vocab_size", "intermediate_size")
     state = read_folder(path, {"": (module.config, BertConfig(), (*_SIZES, *fields))})
-    return Filling(
-        names.under(prefix, names.bert(state)), f"{prefix}.*", tokenizer_in(path, required=False)
-    )
+    return Filling(names.under(prefix, names.bert(state)), f"{prefix}.*", tokenizer_in(path))
 
 
 def _clip(path: Path, model: Network) -> Filling:
     """OpenAI's archive, or a folder of Hugging Face."""
     prefix, module = _part(model, Clip, "clip")
-    tokenizer = None
     if path.is_dir():
         text = (module.text_model.config, CLIPTextConfig(), (*_SIZES, "vocab_size"))
         settings = {"text_config": text}
@@ -188,24 +191,22 @@ def _clip(path: Path, model: Network) -> Filling:
             vision = (module.vision_model.config, CLIPVisionConfig(), (*_SIZES, "patch_size"))
             settings["vision_config"] = vision
         state = read_folder(path, settings)
-        tokenizer = tokenizer_in(path, required=False)
     else:
         state = read_weights(path, "state_dict")["state_dict"]
     state = _fit_positions(names.clip(state), module.state_dict())
     covers = rf"{prefix}(?!visual\.attnpool\.connect\.).*"
-    return Filling(names.under(prefix, state), covers, tokenizer)
+    return Filling(names.under(prefix, state), covers, tokenizer_in(path))
 
 
 def _fit_positions(state: State, own: State) -> State:
     """Places of a picture are interpolated to the model's grid; words keep their first places."""
     fitted = dict(state)
     for name, tensor in state.items():
-        count = len(own[name]) if name in own else 0
-        if name == "text_model.embeddings.position_embedding.weight":
-            fitted[name] = tensor[:count] if count else tensor
-        elif name.endswith(("position_embedding.weight", "attnpool.positional_embedding")):
-            grid = math.isqrt(max(0, count - 1))
-            square = math.isqrt(len(tensor) - 1) ** 2 == len(tensor) - 1 > 0
-            if square and grid**2 == count - 1 > 0:
-                fitted[name] = resize_positions(tensor, grid)
+        if not name.endswith(_POSITIONS) or name not in own:
+            continue
+        count, grid = len(own[name]), math.isqrt(max(0, len(own[name]) - 1))
+        if name.startswith("text_model."):
+            fitted[name] = tensor[:count]
+        elif grid**2 == count - 1 > 0 and math.isqrt(len(tensor) - 1) ** 2 == len(tensor) - 1 > 0:
+            fitted[name] = resize_positions(tensor, grid)
     return fitted

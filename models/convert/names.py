@@ -68,6 +68,8 @@ def clip(state: State) -> State:
     """
     unused = r"logit_scale|input_resolution|context_length|vocab_size|(.*\.)?attn_mask"
     kept = _without(state, rf"{unused}|(text|vision)_model\.embeddings\.position_ids")
+    if {"visual.proj", "visual.conv1.weight"} <= kept.keys():  # a ResNet's stem is conv1 too
+        kept["vision_model.embeddings.patch_embedding.weight"] = kept.pop("visual.conv1.weight")
     found: State = {}
     for name, tensor in kept.items():
         if name in ("text_projection", "visual.proj"):

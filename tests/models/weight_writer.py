@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +46,42 @@ def training_checkpoint(path: Path, *, legacy: bool = False, **groups: State) ->
 
 
 class _Attention(nn.Module):
-    def __init__(self, width: int) -> None:
+    """nn.MultiheadAttention as far as CLIP uses it, in a form that TorchScript takes."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.randn(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.heads, self.causal = heads, causal
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = torch.nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        out: Tensor = self.out_proj(torch.softmax(q @ k.transpose(-2, -1), -1) @ v)
+        rows, length, width = x.shape
+        projected = torch.nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        split = projected.reshape(rows, length, 3, self.heads, width // self.heads)
+        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5
+        if self.causal:
+            future = torch.ones(length, length, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        mixed = (torch.softmax(scores, -1) @ v).transpose(1, 2).reshape(rows, length, width)
+        out: Tensor = self.out_proj(mixed)
         return out
 
 
+class _QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.attn = _Attention(width)
+        self.attn = _Attention(width, heads, causal)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", nn.GELU())
+        self.mlp.add_module("gelu", _QuickGELU())
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
         self.ln_2 = nn.LayerNorm(width)
 
@@ -75,10 +92,10 @@ class _Block(nn.Module):
 
 
 class _Transformer(nn.Module):
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.width, self.layers = width, layers
-        self.resblocks = nn.Sequential(*(_Block(width) for _ in range(layers)))
+        self.resblocks = nn.Sequential(*(_Block(width, heads, causal) for _ in range(layers)))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.resblocks(x)
@@ -86,13 +103,15 @@ class _Transformer(nn.Module):
 
 
 class _Vision(nn.Module):
-    def __init__(self, width: int, layers: int, patch: int, grid: int, embed: int) -> None:
+    def __init__(
+        self, width: int, layers: int, heads: int, patch: int, grid: int, embed: int
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width))
         self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = _Transformer(width, layers)
+        self.transformer = _Transformer(width, layers, heads, False)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed))
 
@@ -111,28 +130,29 @@ class TinyCLIP(nn.Module):
         self,
         *,
         embed: int = 8,
-        vision: tuple[int, int, int, int] = (12, 2, 4, 3),
-        text: tuple[int, int] = (8, 2),
+        vision: tuple[int, int, int, int, int] = (12, 2, 3, 4, 3),
+        text: tuple[int, int, int] = (8, 2, 2),
         vocabulary: int = 20,
         positions: int = 9,
     ) -> None:
-        """vision: width, layers, patch, grid; text: width, layers."""
+        """vision: width, layers, heads, patch, grid; text: width, layers, heads."""
         super().__init__()
-        self.context = positions
+        self.side, self.context = vision[3] * vision[4], positions
         self.visual = _Vision(*vision, embed)
-        self.transformer = _Transformer(*text)
+        self.transformer = _Transformer(*text, True)
         self.token_embedding = nn.Embedding(vocabulary, text[0])
         self.positional_embedding = nn.Parameter(torch.randn(positions, text[0]))
         self.ln_final = nn.LayerNorm(text[0])
         self.text_projection = nn.Parameter(torch.randn(text[0], embed))
         self.logit_scale = nn.Parameter(torch.tensor(2.66))
-        for name, number in (("input_resolution", 12), ("context_length", 9), ("vocab_size", 20)):
+        numbers = {"input_resolution": self.side, "context_length": positions}
+        for name, number in (numbers | {"vocab_size": vocabulary}).items():
             self.register_buffer(name, torch.tensor(number))
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] and [B, T] to places [B, 1 + N, embed] and words [B, T, width]."""
         x = self.token_embedding(ids) + self.positional_embedding
-        words = self.ln_final(self.transformer(x)) @ self.text_projection
-        return self.visual(pixels) * self.logit_scale.exp(), words
+        return self.visual(pixels), self.ln_final(self.transformer(x))
 
 
 def clip_archive(path: Path, model: TinyCLIP, *, traced: bool = False) -> State:
@@ -142,11 +162,9 @@ def clip_archive(path: Path, model: TinyCLIP, *, traced: bool = False) -> State:
             parameter.data = parameter.data.half()
     state = {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     if traced:
-        side = model.visual.conv1.kernel_size[0] * 3
-        whole = TinyCLIP()
-        whole.load_state_dict(state)
-        inputs = (torch.zeros(1, 3, side, side), torch.zeros(1, model.context, dtype=torch.long))
-        scripted = torch.jit.trace(whole.eval(), inputs)
+        model = copy.deepcopy(model).float()
+        inputs = (torch.zeros(1, 3, model.side, model.side), torch.zeros(1, model.context).long())
+        scripted = torch.jit.trace(model.eval(), inputs)
     else:
         scripted = torch.jit.script(model.eval())
     torch.jit.save(scripted, path)
