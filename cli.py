@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from . import __version__
+from .cli_weights import convert
 from .errors import RefedgeError, RefedgeWarning
 
 Item = TypeVar("Item")
@@ -45,7 +46,9 @@ class _Group(click.Group):
             ctx.exit(2)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group, commands=[convert], context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__)
 def main() -> None:
     """Referring image segmentation, from PyTorch to the edge, with its accuracy proven."""

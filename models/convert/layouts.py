@@ -84,6 +84,27 @@ def read_layout(layout: str, path: Path, model: Network, words: Sequence[str] | 
     return readers[layout](path, model)
 
 
+def home(layout: str) -> str:
+    """The model that a layout's file is for when nobody says."""
+    homes = {
+        "clip": "cm_masksd",
+        "darknet": "lts",
+        "deeplab": "step",
+        "lavt": "lavt",
+        "mscan": "slvit",
+        "slvit": "slvit",
+        "swin": "lavt",
+    }
+    if layout not in homes:
+        raise CheckpointError(
+            "convert-model",
+            f"a file of the layout {layout!r} does not say which model it is for",
+            why="more than one model has a place for it",
+            fix="name one with --model, such as --model slvit",
+        )
+    return homes[layout]
+
+
 def place(model: Network, filling: Filling, path: Path) -> None:
     """Put a file's tensors into a model; every name that does not fit is named."""
     own = model.state_dict()
