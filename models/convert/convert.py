@@ -1,4 +1,4 @@
-"""``refedge convert``: public weight files to a checkpoint folder that says what came from where."""
+"""``refedge convert``: public weight files to a checkpoint that says what came from where."""
 
 from __future__ import annotations
 

@@ -39,24 +39,29 @@ def read_darknet(path: Path, network: Darknet) -> State:
     network = copy.deepcopy(network)
     rest = len(values) - load_weights(network, values)
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    widths = tuple(layer.conv.out_channels for layer in network.layers())[-1:]
-    if not _known(rest, network) or not all(map(_sound, state.items())):
+    widths = _widths(network)
+    if not _known(rest, *widths) or not all(map(_sound, state.items())):
         raise other_layout(
             path,
-            f"{rest} numbers are left behind {len(values) - rest} of Darknet-53 with {widths[0]} "
+            f"{rest} numbers are left behind {len(values) - rest} of a Darknet of {widths[-1]} "
             "channels, or a variance among these is negative",
             "give darknet53.conv.74, darknet53.weights or yolov3.weights",
         )
     return state
 
 
-def _known(rest: int, network: Darknet) -> bool:
+def _widths(network: Darknet) -> tuple[int, int, int]:
+    """Channels of the maps of strides 8, 16 and 32."""
+    low, middle, top = (list(s.parameters())[-1].numel() for s in network.stages[2:])
+    return low, middle, top
+
+
+def _known(rest: int, low: int, middle: int, top: int) -> bool:
     """Whether so many numbers follow in a file that is known: YOLOv3 has any number of classes."""
-    widths = [stage[0].conv.out_channels for stage in network.stages][2:]
-    outputs = sum(widths) + len(widths)  # of one channel of each of the three last layers
-    anchors, left = divmod(rest - yolo_heads(*widths), outputs)
-    yolo = left == 0 and anchors % 3 == 0 and anchors // 3 > 5
-    return rest in (0, widths[-1] * _CLASSES + _CLASSES) or yolo
+    last = low + middle + top + 3  # weights and biases of one output of each of the last layers
+    outputs, left = divmod(rest - yolo_heads(low, middle, top), last)
+    yolo = left == 0 and outputs % 3 == 0 and outputs // 3 > 5
+    return rest in (0, top * _CLASSES + _CLASSES) or yolo
 
 
 def yolo_heads(low: int, middle: int, top: int) -> int:

@@ -119,7 +119,10 @@ class Unpickler(pickle._Unpickler):
         super().__init__(file, encoding="latin1")
         self.storages: dict[str, Storage] = {}
 
+    # of the base class, which typeshed does not know
     stack: list[Any]
+    metastack: list[list[Any]]
+    append: Callable[[Any], None]
     dispatch = _Opcodes({op[0]: pickle._Unpickler.dispatch[op[0]] for op in _PLAIN})
 
     def find_class(self, module: str, name: str) -> Any:
@@ -172,7 +175,9 @@ class Unpickler(pickle._Unpickler):
         self._set([key, value])
 
     def load_setitems(self) -> None:
-        self._set(self.pop_mark())
+        items, self.stack = self.stack, self.metastack.pop()
+        self.append = self.stack.append
+        self._set(items)
 
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -197,7 +202,7 @@ def _key(key: Any) -> str | int:
     """Keys are hashed, which for a deep tuple overflows the stack."""
     if type(key) is not str and type(key) is not int:
         raise RefusedError(f"a {type(key).__name__} as a key")
-    return key  # type: ignore[no-any-return]
+    return key
 
 
 def _natural(value: Any) -> bool:
