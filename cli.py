@@ -223,6 +223,7 @@ def evaluate(
 @click.option("--model", help="What the bundle was exported from; default: as it says itself.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads per operator.")
 @click.option("--rounds", type=int, default=30, show_default=True, help="Samples of each.")
+@click.option("--expressions", type=int, help="So many about one picture, together or singly.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.")
 def bench(
     bundle: Path,
@@ -231,9 +232,25 @@ def bench(
     model: str | None,
     threads: int,
     rounds: int,
+    expressions: int | None,
     output: Path | None,
 ) -> None:
     """Time the plans of BUNDLE and PyTorch eager, interleaved in one run."""
+    if expressions is not None:
+        from .benchmarks import scene
+
+        times = scene.scene_times(
+            bundle,
+            count=expressions,
+            plans=plans or None,
+            threads=threads,
+            rounds=rounds,
+            progress=_progress("timing"),
+        )
+        _table(f"{expressions} expressions about one picture", *scene.table(times))
+        if output is not None:
+            scene.write_scene_times(times, output, bundle, expressions)
+        return
     from .benchmarks.bench import bench as run
     from .benchmarks.bench import table, write_bench
 

@@ -23,7 +23,8 @@ IR_VERSION = 10
 MODULE = "refedge.module"
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_FOLDED = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Cast", "Identity", "Slice")
+_MOVED = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Cast", "Identity", "Slice", "Pad")
+_FOLDED = (*_MOVED, "Add", "Conv")
 
 
 def canonical(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
@@ -52,7 +53,11 @@ def module_of(node: onnx.NodeProto) -> str:
 
 
 def fold_constants(model: onnx.ModelProto) -> None:
-    """Compute data movement on weights now; exact, since no arithmetic is involved."""
+    """Compute now what depends on weights alone.
+
+    Mostly their movement, which is exact; sums of tables and convolutions of constant maps are what
+    they would be at run time, in float32.
+    """
     graph = model.graph
     constants: dict[str, TensorProto] = {t.name: t for t in graph.initializer}
     kept = []

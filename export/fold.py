@@ -35,6 +35,7 @@ def fold_affine(model: onnx.ModelProto) -> onnx.ModelProto:
         _distribute,
         _scale_convolution,
         _scale_norm,
+        _norm_over_places,
         _merge_shortcut,
         _norm_into_convolutions,
         _pixels_first,
@@ -86,11 +87,7 @@ def _scale_convolution(index: GraphIndex, node: onnx.NodeProto) -> bool:
         return False
     if not _own_weights(index, conv):
         return False
-    scale = _channels(index, found[1])
-    weight = _doubles(index, conv.input[1])
-    _set(index, conv.input[1], weight * scale.reshape(-1, *([1] * (weight.ndim - 1))))
-    for bias in conv.input[2:3]:
-        _set(index, bias, _doubles(index, bias) * scale)
+    _scale_weights(index, conv, _channels(index, found[1]))
     conv.output[0] = node.output[0]
     _replace(index, node, [])
     return True
@@ -113,6 +110,36 @@ def _scale_norm(index: GraphIndex, node: onnx.NodeProto) -> bool:
     if _only(index, norm.output[0]):
         _replace(index, norm, [])
     return True
+
+
+def _norm_over_places(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """``norm(conv(x) + places)``, with a constant map, to the same sum of other constants."""
+    total = index.maker.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+    if total is None or total.op_type != "Add" or not _only(index, node.input[0]):
+        return False
+    for name, places in (tuple(total.input), tuple(total.input)[::-1]):
+        conv = index.maker.get(name)
+        if conv is None or conv.op_type != "Conv" or not _only(index, name):
+            continue
+        if not _own_weights(index, conv) or places not in index.tensors:
+            continue
+        if len(index.tensors[places].dims) != 4 or len(index.readers[places]) != 1:
+            continue
+        affine = _affine(index, node)
+        scale, shift = (a.reshape(1, -1, 1, 1) for a in (affine.scale, affine.shift))
+        _scale_weights(index, conv, affine.scale)
+        _set(index, places, _doubles(index, places) * scale + shift)
+        total.output[0] = node.output[0]
+        _replace(index, node, [])
+        return True
+    return False
+
+
+def _scale_weights(index: GraphIndex, conv: onnx.NodeProto, scale: Doubles) -> None:
+    weight = _doubles(index, conv.input[1])
+    _set(index, conv.input[1], weight * scale.reshape(-1, *([1] * (weight.ndim - 1))))
+    for bias in conv.input[2:3]:
+        _set(index, bias, _doubles(index, bias) * scale)
 
 
 def _merge_shortcut(index: GraphIndex, node: onnx.NodeProto) -> bool:

@@ -11,6 +11,7 @@ positions belong to one size of picture: ``resize_positions`` brings a published
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def conv_stem(config: ClipVision) -> nn.Sequential:
     steps = config.patch.bit_length() - 1
     widths = [3, *(config.width >> (steps - 1 - i) for i in range(steps))]
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -2,8 +2,8 @@
 
 Radford et al., ICML 2021: a stem of three convolutions, strides as average pools, attention instead
 of a mean at the end. Wang et al., "CRIS: CLIP-driven referring image segmentation", CVPR 2022, keep
-every place of that attention, drop its query of the mean and add a shortcut (``connect``). Names are
-those of ``visual`` in OpenAI's archives; only ``connect`` is not in there. All maps [B, C, H, W].
+every place of that attention, drop its query of the mean and add a shortcut (``connect``). Names
+are those of ``visual`` in OpenAI's archives; ``connect`` alone is not in there. Maps [B, C, H, W].
 """
 
 from __future__ import annotations
@@ -91,6 +91,11 @@ class AttentionPool(nn.Module):
         return F.relu(pooled.transpose(1, 2).reshape(-1, pooled.shape[2], side, side) + shortcut)
 
 
+def _stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    rest = (Bottleneck(4 * width, width, 1) for _ in range(blocks - 1))
+    return nn.Sequential(Bottleneck(width_in, width, stride), *rest)
+
+
 class ModifiedResNet(nn.Module):
     """Normalised pixels to the maps of strides 8, 16 and 32, the last attended and projected."""
 
@@ -103,18 +108,16 @@ class ModifiedResNet(nn.Module):
         self.bn2 = nn.BatchNorm2d(width // 2)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
-        before = width
-        for i, blocks in enumerate(config.blocks):
-            inner = width * 2**i
-            stage = [Bottleneck(before, inner, 2 if i else 1)]
-            stage += [Bottleneck(4 * inner, inner, 1) for _ in range(blocks - 1)]
-            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
-            before = 4 * inner
-        self.attnpool = AttentionPool(size // 32, before, config.heads, width_out)
+        self.layer1 = _stage(width, width, config.blocks[0], 1)
+        self.layer2 = _stage(4 * width, 2 * width, config.blocks[1], 2)
+        self.layer3 = _stage(8 * width, 4 * width, config.blocks[2], 2)
+        self.layer4 = _stage(16 * width, 8 * width, config.blocks[3], 2)
+        self.attnpool = AttentionPool(size // 32, 32 * width, config.heads, width_out)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        for i in (1, 2, 3):
-            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
         x = self.layer1(F.avg_pool2d(x, 2))
         eighth = self.layer2(x)
         sixteenth = self.layer3(eighth)

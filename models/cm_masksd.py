@@ -34,9 +34,10 @@ from .clip_resnet import ClipResNet, ModifiedResNet
 from .cris import Decoder, Neck, Projector, PyramidNeck
 from .distil import MaskedBranches
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Part, Port, Rehearsal, pictures
+from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
 
 Tensors = tuple[Tensor, ...]
+PRODUCTS = 5  # tensors that the text part gives
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Clip(nn.Module):
         return (places.transpose(1, 2).reshape(-1, places.shape[2], self.grid, self.grid),)
 
 
-class CMMaskSD(nn.Module):
+class CMMaskSD(Network):
     """The whole network; see the module docstring."""
 
     def __init__(self, config: CMMaskSDConfig = PAPER) -> None:
@@ -192,6 +193,7 @@ class CMMaskSD(nn.Module):
     # the last layer, whose kernel the sentence makes
     high = ("projector.dynamic", "projector.txt")
     tokens = "clip"
+    config: CMMaskSDConfig
 
     @property
     def framing(self) -> Framing:
@@ -204,7 +206,7 @@ class CMMaskSD(nn.Module):
         return tuple(width for width, _ in self.config.levels)
 
     def encode_text(self, ids: Tensor, words: Tensor) -> Tensors:
-        """ids [B, T] int32 and words [B, T] bool to gate, keys, values, kernel and offset."""
+        """The ``text`` part: gate, keys, values, kernel and offset; see ``parts.Network``."""
         return self.speak(self.read(embed_words(self.clip.text_model, ids), words), words)
 
     def read(self, embedded: Tensor, words: Tensor) -> Tensor:
@@ -220,6 +222,16 @@ class CMMaskSD(nn.Module):
     def look(self, pixels: Tensor) -> Tensors:
         """pixels [P, S, S, 3] uint8 to the visual tower's maps."""
         return self.clip.look(normalise_pixels(pixels, self.mean, self.std))
+
+    def encode_image(self, pixels: Tensor) -> Tensors:
+        """The ``image`` part: pixels [P, S, S, 3] uint8 to what the neck makes of a picture."""
+        seen: Tensors = self.neck.look(self.look(pixels))
+        return seen
+
+    def segment(self, image_index: Tensor, words: Tensor, *rest: Tensor) -> Tensor:
+        """The ``mask`` part: what the others gave, text first, to logits [B, S, S]."""
+        seen = _rows(rest[PRODUCTS:], image_index)
+        return self.enlarge(self.decode(seen, words, rest[:PRODUCTS])[0])
 
     def decode(self, seen: Tensors, words: Tensor, products: Tensors) -> tuple[Tensor, Tensors]:
         """The neck's maps, a row for every expression, to logits [B, h, w] and attention."""
@@ -237,7 +249,7 @@ class CMMaskSD(nn.Module):
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
     ) -> Tensor:
         """pixels [B or P, S, S, 3] uint8 to logits [B, S, S]; see ``parts.Network``."""
-        seen = _rows(self.neck.look(self.look(pixels)), image_index)
+        seen = _rows(self.encode_image(pixels), image_index)
         return self.enlarge(self.decode(seen, words, self.encode_text(ids, words))[0])
 
     def rehearse(
@@ -296,64 +308,12 @@ class CMMaskSD(nn.Module):
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         mask = (index, words, *products, *seen)
         return (
-            Part("text", _TextPart(self), (ids, words), products, self._example_text),
-            Part("image", _ImagePart(self), (pixels,), seen, self._example_image),
-            Part("mask", _MaskPart(self), mask, (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), products),
+            Part("image", Method(self, self.encode_image), (pixels,), seen),
+            Part("mask", Method(self, self.segment), mask, (logits,)),
         )
-
-    def _example_text(self, batch: int, seed: int) -> Tensors:
-        generator = torch.Generator().manual_seed(seed)
-        c = self.config
-        lengths = torch.randint(min(3, c.words), c.words + 1, (batch, 1), generator=generator)
-        words = torch.arange(c.words)[None] < lengths
-        ids = torch.randint(2, c.vocabulary, (batch, c.words), generator=generator)
-        return (ids * words).to(torch.int32), words
-
-    def _example_image(self, batch: int, seed: int) -> Tensors:
-        generator = torch.Generator().manual_seed(seed + 1)
-        side = self.config.size // 16
-        coarse = torch.randint(0, 256, (pictures(batch), 3, side, side), generator=generator)
-        pixels = F.interpolate(coarse.float(), scale_factor=16, mode="bilinear").round()
-        return (pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous(),)
-
-    def _example(self, batch: int, seed: int) -> Tensors:
-        ids, words = self._example_text(batch, seed)
-        index = (torch.arange(batch) % pictures(batch)).to(torch.int32)
-        with torch.no_grad():
-            products = self.encode_text(ids, words)
-            seen = self.neck.look(self.look(*self._example_image(batch, seed)))
-        return (index, words, *products, *seen)
 
 
 def _rows(maps: Tensors, index: Tensor | None) -> Tensors:
     """Each expression's picture's row."""
     return maps if index is None else tuple(m.index_select(0, index) for m in maps)
-
-
-class _TextPart(nn.Module):
-    def __init__(self, model: CMMaskSD) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, words: Tensor) -> Tensors:
-        return self.model.encode_text(ids, words)
-
-
-class _ImagePart(nn.Module):
-    def __init__(self, model: CMMaskSD) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensors:
-        seen: Tensors = self.model.neck.look(self.model.look(pixels))
-        return seen
-
-
-class _MaskPart(nn.Module):
-    def __init__(self, model: CMMaskSD) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image_index: Tensor, words: Tensor, *products: Tensor) -> Tensor:
-        seen = _rows(products[5:], image_index)
-        return self.model.enlarge(self.model.decode(seen, words, products[:5])[0])

@@ -28,9 +28,7 @@ def conv_layer(width_in: int, width: int, kernel: int) -> nn.Sequential:
 
 def linear_layer(width_in: int, width: int) -> nn.Sequential:
     """The same for vectors [B, C]."""
-    return nn.Sequential(
-        nn.Linear(width_in, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()
-    )
+    return nn.Sequential(nn.Linear(width_in, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
 
 
 class CoordConv(nn.Module):
@@ -50,10 +48,11 @@ class CoordConv(nn.Module):
     places: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, seen = self.conv1[0].weight, x.shape[1]
+        weight, seen = self.conv1.get_parameter("0.weight"), x.shape[1]
         y = F.conv2d(x, weight[:, :seen], padding=1)
         y = y + F.conv2d(self.places, weight[:, seen:], padding=1)
-        return F.relu(self.conv1[1](y))
+        moved: Tensor = self.conv1[1:](y)
+        return moved
 
 
 class Neck(nn.Module):
@@ -109,7 +108,7 @@ class PyramidNeck(nn.Module):
         return factor
 
     def look(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """All that depends on the picture alone: [B, C/2, g, g], [B, C, g, g], [B, 2C, g/2, g/2]."""
+        """All that depends on the picture alone: C/2 and C channels at g, 2C at g/2."""
         fine = F.avg_pool2d(self.f3_v_proj(maps[0]), 2)
         return fine, self.f2_v_proj(maps[1]), self.f1_v_proj(maps[2])
 
@@ -236,7 +235,8 @@ class Decoder(nn.Module):
         """
         placed = features + self.order
         valid = words[:, None, None].to(features.dtype)
-        pairs = [layer.multihead_attn.keys_values(placed, features) for layer in self.layers]
+        layers = (layer for layer in self.layers if isinstance(layer, DecoderLayer))
+        pairs = [layer.multihead_attn.keys_values(placed, features) for layer in layers]
         keys = torch.stack([keys * valid for keys, _ in pairs], dim=1)
         return keys, torch.stack([values * valid.transpose(2, 3) for _, values in pairs], dim=1)
 
@@ -301,11 +301,11 @@ class Projector(nn.Module):
 
     def kernel(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The sentence [B, E] to the kernel [B, 9, C] and what each tap adds, [B, 9, 1]."""
-        made, last = self.txt(state), self.vis[4]
-        taps = made[:, :-1].reshape(-1, last.out_channels, TAPS).transpose(1, 2)
+        weight, bias = (self.vis.get_parameter(f"4.{n}") for n in ("weight", "bias"))
+        made = self.txt(state)
+        taps = made[:, :-1].reshape(-1, len(bias), TAPS).transpose(1, 2)
         centre = F.pad(made[:, -1:], (CENTRE, TAPS - 1 - CENTRE))[:, :, None]
-        offset = taps @ last.bias[:, None] + centre
-        return taps @ last.weight[:, :, 0, 0], offset
+        return taps @ weight[:, :, 0, 0], taps @ bias[:, None] + centre
 
     def forward(self, x: Tensor, kernel: Tensor, offset: Tensor) -> Tensor:
         """A map [B, C, g, g] to logits [B, 1, e * g, e * g]."""
@@ -316,5 +316,5 @@ class Projector(nn.Module):
     def rescale(self, shift: float, scale: float) -> None:
         """Logits become ``scale * (logits - shift)``."""
         self.txt.bias[-1] -= shift
-        self.txt.weight *= scale
-        self.txt.bias *= scale
+        self.txt.weight.mul_(scale)
+        self.txt.bias.mul_(scale)

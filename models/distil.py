@@ -78,7 +78,7 @@ class MaskedBranches(nn.Module):
         """Correlation [B, N, T] to the patches to hide, [B, side, side] bool."""
         relevance = similar.masked_fill(~words[:, None], -2.0).amax(2)
         everywhere = torch.ones_like(relevance, dtype=torch.bool)
-        return choose(relevance, everywhere, self.patches).unflatten(1, (side, side))
+        return choose(relevance, everywhere, self.patches).reshape(-1, side, side)
 
     def mute_words(self, similar: Tensor, words: Tensor) -> Tensor:
         """Correlation [B, N, T] to the words to mute, [B, T] bool; never the start or the end."""

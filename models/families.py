@@ -9,7 +9,14 @@ from typing import Any
 from ..errors import CheckpointError
 from .parts import Network
 
-_CLASSES = {"slvit": "SLViT", "lavt": "LAVT"}
+_CLASSES = {
+    "slvit": "SLViT",
+    "lts": "LTS",
+    "m3att": "M3Att",
+    "cm_masksd": "CMMaskSD",
+    "step": "STEP",
+    "lavt": "LAVT",
+}
 
 
 @dataclass(frozen=True)

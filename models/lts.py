@@ -15,14 +15,13 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .aspp import MaskHead
 from .darknet import BLOCKS, WIDTHS, Darknet, unit_pixels
-from .examples import expressions, photos
 from .locators import CrossAttention, Filtering
 from .lts_neck import Neck, Tensors, VectorNorm
-from .parts import BATCH, IMAGES, Framing, Network, Part, Port, Rehearsal, pictures
+from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
 from .recurrent import BiRecurrent, WordVectors, masked_mean
 
 LOCATORS = ("filtering", "transformer")
@@ -159,6 +158,7 @@ class LTS(Network):
         "head.logit",
     )
     tokens: ClassVar[str] = "word-level"
+    config: LTSConfig
 
     @property
     def framing(self) -> Framing:
@@ -244,9 +244,9 @@ class LTS(Network):
         )
         inputs = (index, words, *text, *image) if self.masked else (index, *text, *image)
         return (
-            Part("text", _TextPart(self), (ids, words), text, self._example_text),
-            Part("image", _ImagePart(self), (pixels,), image, self._example_image),
-            Part("mask", _MaskPart(self), inputs, (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), text),
+            Part("image", Method(self, self.encode_image), (pixels,), image),
+            Part("mask", Method(self, self._mask), inputs, (logits,)),
         )
 
     @property
@@ -254,48 +254,9 @@ class LTS(Network):
         """Whether the mask part needs to know what is padding."""
         return isinstance(self.locator, CrossAttention)
 
-    def _example_text(self, batch: int, seed: int) -> Tensors:
-        return expressions(batch, self.config.words, self.config.vocabulary, seed)
-
-    def _example_image(self, batch: int, seed: int) -> Tensors:
-        return (photos(pictures(batch), self.config.size, seed),)
-
-    @torch.no_grad()
-    def _example(self, batch: int, seed: int) -> Tensors:
-        ids, words = self._example_text(batch, seed)
-        index = torch.arange(batch, dtype=torch.int32) // 2
-        text = self.encode_text(ids, words)
-        image = self.encode_image(*self._example_image(batch, seed))
-        return (index, *([words] if self.masked else []), *text, *image)
-
-
-class _TextPart(nn.Module):
-    def __init__(self, model: LTS) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, words: Tensor) -> Tensors:
-        return self.model.encode_text(ids, words)
-
-
-class _ImagePart(nn.Module):
-    def __init__(self, model: LTS) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensors:
-        return self.model.encode_image(pixels)
-
-
-class _MaskPart(nn.Module):
-    def __init__(self, model: LTS) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image_index: Tensor, *products: Tensor) -> Tensor:
-        model, words = self.model, None
-        if model.masked:
-            words, *rest = products
-            products = tuple(rest)
-        cut = 1 + len(model.locator.shapes(model.config.words))
-        return model.decode(words, products[:cut], products[cut:], image_index).logits
+    def _mask(self, image_index: Tensor, *products: Tensor) -> Tensor:
+        words = None
+        if self.masked:
+            words, products = products[0], products[1:]
+        cut = 1 + len(self.locator.shapes(self.config.words))
+        return self.decode(words, products[:cut], products[cut:], image_index).logits

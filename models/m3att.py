@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .darknet import Darknet, unit_pixels
-from .examples import expressions, photos
 from .gated_neck import GatedNeck
 from .m3att_config import CONFIGS, PAPER, PAPER_DARKNET, TINY, GruConfig, M3AttConfig
 from .m3att_heads import MaskHead, Reconstruction
 from .mscan import normalise_pixels
 from .mutual_attention import MutualDecoder, pick
-from .parts import BATCH, IMAGES, Framing, Network, Part, Port, Rehearsal, pictures
+from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
 from .recurrent import BiRecurrent, WordVectors
 from .slvit import MEAN, STD
 from .swin import Swin
@@ -189,9 +188,9 @@ class M3Att(Network):
         text, image = self._text_ports(), self._image_ports()
         inputs = (index, words, *text, *image)
         return (
-            Part("text", _TextPart(self), (ids, words), text, self._example_text),
-            Part("image", _ImagePart(self), (pixels,), image, self._example_image),
-            Part("mask", _MaskPart(self), inputs, (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), text),
+            Part("image", Method(self, self.encode_image), (pixels,), image),
+            Part("mask", Method(self, self._mask), inputs, (logits,)),
         )
 
     def _text_ports(self) -> tuple[Port, ...]:
@@ -224,43 +223,6 @@ class M3Att(Network):
             ports.append(Port("beside", "float32", (IMAGES, c.head_width, c.side, c.side)))
         return tuple(ports)
 
-    def _example_text(self, batch: int, seed: int) -> Tensors:
-        return expressions(batch, self.config.words, self.config.vocabulary, seed)
-
-    def _example_image(self, batch: int, seed: int) -> Tensors:
-        return (photos(pictures(batch), self.config.size, seed),)
-
-    @torch.no_grad()
-    def _example(self, batch: int, seed: int) -> Tensors:
-        ids, words = self._example_text(batch, seed)
-        index = torch.arange(batch, dtype=torch.int32) // 2
-        text = self.encode_text(ids, words)
-        return (index, words, *text, *self.encode_image(*self._example_image(batch, seed)))
-
-
-class _TextPart(nn.Module):
-    def __init__(self, model: M3Att) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, words: Tensor) -> Tensors:
-        return self.model.encode_text(ids, words)
-
-
-class _ImagePart(nn.Module):
-    def __init__(self, model: M3Att) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensors:
-        return self.model.encode_image(pixels)
-
-
-class _MaskPart(nn.Module):
-    def __init__(self, model: M3Att) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image_index: Tensor, words: Tensor, *products: Tensor) -> Tensor:
-        cut = 3 if self.model.config.early_fusion else 2
-        return self.model.decode(words, products[:cut], products[cut:], image_index).logits
+    def _mask(self, image_index: Tensor, words: Tensor, *products: Tensor) -> Tensor:
+        cut = 3 if self.config.early_fusion else 2
+        return self.decode(words, products[:cut], products[cut:], image_index).logits

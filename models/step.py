@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .deeplab import DeepLab, DeepLabConfig
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Part, Port, Rehearsal, pictures
+from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
 from .recurrent import BiRecurrent, WordVectors
 from .text import MASKED
 
@@ -216,7 +216,7 @@ class ConvGRU(nn.Module):
     def forward(self, x: Tensor, h: Tensor | None) -> Tensor:
         weight = self.inputs.weight[:, : x.shape[1]]
         seen = F.conv2d(x, weight, self.inputs.bias, padding=1)
-        gates, new = torch.split(seen, (2 * self.filters, self.filters), 1)
+        gates, new = torch.split(seen, [2 * self.filters, self.filters], 1)
         if h is None:
             return torch.sigmoid(-gates[:, self.filters :]) * torch.tanh(new)
         reset, keep = torch.sigmoid(gates + self.gates(h)).chunk(2, 1)
@@ -238,7 +238,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-class STEP(nn.Module):
+class STEP(Network):
     """The whole network; see the module docstring.
 
     Per level: ``atrous``, and two 1x1 convolutions of its map, ``vt`` into the space of the words'
@@ -248,8 +248,8 @@ class STEP(nn.Module):
     def __init__(self, config: STEPConfig = PAPER) -> None:
         super().__init__()
         self.config = c = config
-        self.embedding = WordVectors(c.vocabulary, c.word_width)
-        self.lstm = BiRecurrent("lstm", c.word_width, c.hidden)
+        self.embeddings = WordVectors(c.vocabulary, c.word_width)
+        self.recurrent = BiRecurrent("lstm", c.word_width, c.hidden)
         self.ht = nn.Linear(2 * c.hidden, c.key)
         self.psi = nn.Linear(2 * c.hidden, c.joint)
         self.backbone = DeepLab(c.backbone)
@@ -265,9 +265,14 @@ class STEP(nn.Module):
         self.heat = HeatMap()
         self.gru = ConvGRU(3 if c.echoes else 1, c.filters)
         self.head = nn.Conv2d(c.filters, 1, 1)
+        # of the last mask's logits, see rescale
+        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
         self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(STD), persistent=False)
 
+    shift: Tensor
+    scale: Tensor
     mean: Tensor
     std: Tensor
     # float32 in every precision plan: norms, the pooling by probabilities, coordinates, last layer
@@ -279,6 +284,7 @@ class STEP(nn.Module):
         *(f"atrous.{level}.place" for level in range(LEVELS)),
     )
     tokens = "word-level"
+    config: STEPConfig
 
     @property
     def framing(self) -> Framing:
@@ -296,7 +302,7 @@ class STEP(nn.Module):
         keys are the paper's ht; values are psi's linear layer applied to every word, bias and all,
         which is the same as applying it to a mean of words.
         """
-        states = self.lstm(self.embedding(ids), words)
+        states = self.recurrent(self.embeddings(ids), words)
         return self.ht(states).transpose(1, 2), self.psi(states)
 
     def atrous_maps(self, pixels: Tensor) -> list[Tensor]:
@@ -342,8 +348,9 @@ class STEP(nn.Module):
             echoes = (mask, heat) if c.echoes else ()
         return logits, attention
 
-    def upsample(self, logits: Tensor) -> Tensor:
-        """[B, 1, h, w] to [B, S, S]."""
+    def output(self, logits: Tensor) -> Tensor:
+        """The last step's [B, 1, h, w] to [B, S, S]."""
+        logits = (logits - self.shift) * self.scale
         scale = float(self.config.stride)
         return F.interpolate(logits, scale_factor=scale, mode="bilinear").squeeze(1)
 
@@ -353,7 +360,7 @@ class STEP(nn.Module):
         if image_index is not None:
             image = tuple(x.index_select(0, image_index) for x in image)
         logits, _ = self.steps(words, products[:2], image)
-        return self.upsample(logits[-1])
+        return self.output(logits[-1])
 
     def forward(
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
@@ -375,7 +382,7 @@ class STEP(nn.Module):
             early, truth.expand_as(early), weight=1.0 + 3.0 * truth
         )
         return Rehearsal(
-            logits=self.upsample(logits[-1]),
+            logits=self.output(logits[-1]),
             maps=tuple(maps),
             attention=tuple(a.transpose(1, 2) for a in attention),
             extra={"steps": EARLY * loss},
@@ -383,15 +390,9 @@ class STEP(nn.Module):
 
     @torch.no_grad()
     def rescale(self, shift: float, scale: float) -> None:
-        """Make logits ``scale * (logits - shift)``.
-
-        Not to the last digit: masks on the way are read out by the same layer, and guide (weakly)
-        what the next step looks for.
-        """
-        weight, bias = self.head.weight, self.head.bias
-        weight.mul_(scale)
-        if bias is not None:
-            bias.sub_(shift).mul_(scale)
+        """Exact: masks on the way, which the loop looks at again, stay as they are."""
+        self.shift += shift / self.scale
+        self.scale *= scale
 
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for the loop."""
@@ -410,57 +411,7 @@ class STEP(nn.Module):
         logits = Port("logits", "float32", (BATCH, c.size, c.size))
         given = (words, index, keys, values, *products)
         return (
-            Part("text", _Text(self), (ids, words), (keys, values), self._example_text),
-            Part("image", _Image(self), (pixels,), products, self._example_image),
-            Part("mask", _Mask(self), given, (logits,), self._example),
+            Part("text", Method(self, self.encode_text), (ids, words), (keys, values)),
+            Part("image", Method(self, self.encode_image), (pixels,), products),
+            Part("mask", Method(self, self.decode), given, (logits,)),
         )
-
-    def _example_text(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        c = self.config
-        lengths = torch.randint(3, c.words + 1, (batch, 1), generator=generator)
-        words = torch.arange(c.words)[None] < lengths
-        ids = torch.randint(2, c.vocabulary, (batch, c.words), generator=generator)
-        return (ids * words).to(torch.int32), words
-
-    def _example_image(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed + 1)
-        side = self.config.size
-        shape = (pictures(batch), 3, side // 8, side // 8)
-        coarse = torch.randint(0, 256, shape, generator=generator).float()
-        pixels = F.interpolate(coarse, scale_factor=8, mode="bilinear").round().to(torch.uint8)
-        return (pixels.permute(0, 2, 3, 1).contiguous(),)
-
-    @torch.no_grad()
-    def _example(self, batch: int, seed: int) -> tuple[Tensor, ...]:
-        ids, words = self._example_text(batch, seed)
-        index = (torch.arange(batch) // 2).to(torch.int32)
-        image = self.encode_image(*self._example_image(batch, seed))
-        return (words, index, *self.encode_text(ids, words), *image)
-
-
-class _Text(nn.Module):
-    def __init__(self, model: STEP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, words: Tensor) -> Products:
-        return self.model.encode_text(ids, words)
-
-
-class _Image(nn.Module):
-    def __init__(self, model: STEP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Products:
-        return self.model.encode_image(pixels)
-
-
-class _Mask(nn.Module):
-    def __init__(self, model: STEP) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, words: Tensor, image_index: Tensor, *products: Tensor) -> Tensor:
-        return self.model.decode(words, image_index, *products)

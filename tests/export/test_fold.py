@@ -131,3 +131,32 @@ def test_a_flattened_map_is_transposed_before() -> None:
     order = [n.op_type for n in model.graph.node]
     assert order.index("Transpose") < order.index("Reshape")
     np.testing.assert_array_equal(outputs(model, x), found)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_norm_behind_a_constant_map_is_folded(shared: bool) -> None:
+    """A convolution with coordinates: what it makes of them is one constant map."""
+
+    class Coordinates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(5)
+            self.register_buffer("map", torch.randn(1, 5, 4, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen = self.conv(x)
+            y = torch.relu(self.norm(seen + self.map))
+            return y + seen if shared else y
+
+    module = Coordinates()
+    randomise(module, 2)
+    x = torch.randn(2, 3, 4, 6)
+    model = graph_of(module, x)
+    before = kinds(model)
+    found = outputs(model, x)
+    fold_affine(model)
+    onnx.checker.check_model(model)
+    assert before["BatchNormalization"] == 1
+    assert kinds(model)["BatchNormalization"] == shared  # somebody else reads the convolution
+    np.testing.assert_allclose(outputs(model, x), found, rtol=1e-4, atol=1e-5)

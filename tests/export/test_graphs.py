@@ -100,7 +100,7 @@ def test_invalid_onnx_is_named() -> None:
     assert caught.value.code == "export-lint"
 
 
-def test_movement_of_weights_is_folded_and_arithmetic_is_not() -> None:
+def test_movement_of_weights_is_folded_and_a_product_is_not() -> None:
     weight = np.arange(16, dtype=np.float32).reshape(4, 4)
     model = graph(
         [
@@ -116,6 +116,36 @@ def test_movement_of_weights_is_folded_and_arithmetic_is_not() -> None:
     assert [n.op_type for n in model.graph.node] == ["Mul", "MatMul"]
     assert [t.name for t in model.graph.initializer] == ["wt"]
     np.testing.assert_array_equal(run(model, x), before)
+
+
+def test_constant_maps_and_tables_are_computed_now() -> None:
+    """Coordinates have a convolution of their own, a class token is added to positions."""
+    rng = np.random.default_rng(0)
+    model = graph(
+        [
+            helper.make_node("Conv", ["places", "kernel"], ["map"], pads=[1, 1, 1, 1]),
+            helper.make_node("Pad", ["token", "pads"], ["first"]),
+            helper.make_node("Add", ["first", "map"], ["table"]),
+            helper.make_node("Reshape", ["x", "wide"], ["row"]),
+            helper.make_node("Add", ["row", "table"], ["sum"]),
+            helper.make_node("Reshape", ["sum", "narrow"], ["y"]),
+        ],
+        weights={
+            "places": rng.normal(size=(1, 2, 4, 4)).astype(np.float32),
+            "kernel": rng.normal(size=(3, 2, 3, 3)).astype(np.float32),
+            "token": rng.normal(size=(1, 3, 1, 1)).astype(np.float32),
+            "pads": np.int64([0, 0, 0, 0, 0, 0, 3, 3]),
+            "wide": np.int64([-1, 1, 1, 4]),
+            "narrow": np.int64([-1, 4]),
+        },
+    )
+    x = rng.normal(size=(2, 4)).astype(np.float32)
+    before = run(model, x)
+    fold_constants(model)
+    assert [n.op_type for n in model.graph.node] == ["Reshape", "Add", "Reshape"]
+    assert {t.name for t in model.graph.initializer} == {"table", "wide", "narrow"}
+    # a sum of 18 products in another order
+    np.testing.assert_allclose(run(model, x), before, rtol=1e-5, atol=1e-5)
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,56 @@
+"""What the tests of every network ask of it."""
+
+from __future__ import annotations
+
+import onnxruntime
+import torch
+from refedge.export.from_torch import to_onnx
+from refedge.export.lint import require_clean
+from refedge.export.parity import Agreement, compare
+from refedge.models.examples import host_inputs, steps
+from refedge.models.parts import HOST, Network
+from torch import Tensor
+
+
+def inputs_of(model: Network, batch: int, seed: int) -> tuple[Tensor, ...]:
+    """Pixels, ids, words and the index of pictures, as forward takes them."""
+    host = host_inputs(model, batch, seed)
+    return tuple(host[name] for name in HOST)
+
+
+def graphs_of(model: Network) -> dict[str, onnxruntime.InferenceSession]:
+    """A session per part, of the linted canonical graph as it is written."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    found = {}
+    for part in model.parts():
+        graph = to_onnx(part)
+        require_clean(graph)
+        found[part.name] = onnxruntime.InferenceSession(graph.SerializeToString(), options)
+    return found
+
+
+def disagreements(model: Network, batch: int, seed: int = 3) -> dict[str, Agreement]:
+    """How far each part's graph is from torch, on what torch gave the part."""
+    return compare_parts(model, graphs_of(model), batch, seed)
+
+
+def compare_parts(
+    model: Network, graphs: dict[str, onnxruntime.InferenceSession], batch: int, seed: int = 3
+) -> dict[str, Agreement]:
+    """The same for sessions that are there already."""
+    found = {}
+    for name, (taken, given) in steps(model, host_inputs(model, batch, seed)).items():
+        fed = {n: t.contiguous().numpy() for n, t in taken.items()}
+        outputs = graphs[name].run(list(given), fed)
+        wanted = {n: t.contiguous().numpy() for n, t in given.items()}
+        found[name] = compare(wanted, dict(zip(given, outputs, strict=True)))
+    return found
+
+
+def with_other_padding(ids: Tensor, words: Tensor, other: int = 7) -> Tensor:
+    """The same expressions with another id wherever there is no word."""
+    changed = torch.where(words, ids, torch.full_like(ids, other))
+    assert not torch.equal(ids, changed)
+    return changed
