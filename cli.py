@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from . import __version__
+from .cli_weights import convert, train
 from .errors import RefedgeError, RefedgeWarning
 
 Item = TypeVar("Item")
@@ -45,7 +46,9 @@ class _Group(click.Group):
             ctx.exit(2)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group, commands=[train, convert], context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__)
 def main() -> None:
     """Referring image segmentation, from PyTorch to the edge, with its accuracy proven."""
@@ -279,46 +282,6 @@ def compare(before: Path, after: Path, slower: float, lower: float) -> None:
     for line in result.worse:
         _say(f"worse: {line}")
     sys.exit(1 if result.worse else 0)
-
-
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--model", default="slvit:tiny", show_default=True, help="Model and configuration.")
-@click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
-@click.option("--difficulty", default="lite", show_default=True)
-@click.option("--steps", type=int, default=7000, show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--bf16", is_flag=True, help="Autocast to bfloat16.")
-@click.option("--workers", type=int, default=0, help="Processes that make batches.")
-@click.option("--threads", type=int, help="Threads of torch.")
-@click.option("--every", type=int, default=500, show_default=True, help="Steps between scores.")
-def train(
-    folder: Path,
-    model: str,
-    size: int | None,
-    difficulty: str,
-    steps: int,
-    seed: int,
-    device: str,
-    bf16: bool,
-    workers: int,
-    threads: int | None,
-    every: int,
-) -> None:
-    """Train a model on RefShapes into FOLDER; run again to go on where it stopped."""
-    import torch
-
-    from .models.checkpoint import configuration_named
-    from .training.recipe import Recipe
-    from .training.train import train as run
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    recipe = Recipe(difficulty=difficulty, steps=steps, seed=seed, bfloat16=bf16)
-    name, _, configuration = model.partition(":")
-    config = configuration_named(name, configuration or "tiny", size)
-    run(name, config, recipe, folder, device=device, workers=workers, every=every, say=_say)
 
 
 @main.command()

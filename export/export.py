@@ -13,7 +13,7 @@ import onnx
 
 from ..models.checkpoint import Loaded, plain
 from ..models.parts import Framing, Part, Port
-from ..models.tokenizers import STAND_IN
+from ..models.tokenizers import STAND_IN, rules
 from ..runtime.manifest import (
     DialectSpec,
     Manifest,
@@ -82,7 +82,7 @@ def _manifest(
     parity: dict[str, Any],
 ) -> Manifest:
     config, framing = loaded.model.config, loaded.model.framing
-    vocabulary = loaded.tokenizer.get_vocab()
+    rule = rules(loaded.tokenizer)
     stand_in = loaded.card.tokenizer == STAND_IN
     return Manifest(
         model=loaded.card.model,
@@ -93,10 +93,11 @@ def _manifest(
         tokenizer=TokenizerSpec(
             "tokenizer.json",
             words=config.words,
-            pad=vocabulary["[PAD]"],
-            unknown=vocabulary["[UNK]"],
-            closed="[CLS]" not in vocabulary,
+            pad=rule.pad,
+            unknown=rule.unknown,
+            closed=rule.closed,
             stand_in=stand_in,
+            truncation=rule.truncation,
         ),
         postprocess=PostprocessSpec(math.log(framing.threshold / (1.0 - framing.threshold))),
         protocol=_protocol(loaded, framing),
@@ -108,7 +109,7 @@ def _manifest(
         files={},
         provenance={
             "checkpoint": loaded.card.sha256 or "none: seeded, untrained weights",
-            "trained": bool(loaded.card.training),
+            "trained": bool(loaded.card.training) and not loaded.card.training.get("seeded"),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in ("refedge", *_PACKAGES)},
         },

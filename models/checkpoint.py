@@ -26,7 +26,7 @@ from .layouts import from_official
 from .own import open_own
 from .parts import Network
 from .seeded import seed_weights
-from .tokenizers import STAND_IN, bert_stand_in, word_level
+from .tokenizers import made_up
 
 CARD = "card.json"
 WEIGHTS = "model.safetensors"
@@ -153,16 +153,25 @@ def compact(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    folder: Path, name: str, model: Network, tokenizer: Tokenizer, *, training: dict[str, Any]
+    folder: Path,
+    name: str,
+    model: Network,
+    tokenizer: Tokenizer,
+    *,
+    training: dict[str, Any],
+    tokens: str = "word-level",
+    half: bool = True,
 ) -> Path:
     """Write a checkpoint folder; each file appears whole or not at all.
 
-    name: of the family that the model is of.
+    name:   of the family that the model is of.
+    tokens: what the card calls the tokenizer.
+    half:   matrices in float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    raw = save(compact(model))
+    raw = save(compact(model) if half else dict(model.state_dict()))
     config = plain(model.config)
-    card = Card(name, config, hashlib.sha256(raw).hexdigest(), "word-level", training)
+    card = Card(name, config, hashlib.sha256(raw).hexdigest(), tokens, training)
     write_atomically(folder / WEIGHTS, raw)
     write_atomically(folder / TOKENIZER, tokenizer.to_str(pretty=True).encode())
     write_card(folder, card)
@@ -221,9 +230,7 @@ def open_model(
         fit(model, from_official(_parse(weights, raw)))
     else:
         seed_weights(model, seed)
-    closed = config.vocabulary < 1000
-    tokenizer = word_level(words) if closed else bert_stand_in(words, config.vocabulary)
-    tokens = "word-level" if closed else STAND_IN
+    tokenizer, tokens = made_up(model.tokens, words, config.vocabulary)
     return Loaded(model, tokenizer, Card(kind, plain(config), digest, tokens))
 
 

@@ -72,9 +72,10 @@ class TokenizerSpec:
     """How an expression becomes ``ids`` and ``words``.
 
     words:      ids per expression; shorter ones are padded with ``pad``.
-    truncation: ``cut`` keeps the first ids, even if that drops a closing special token.
-    unknown:    id of unknown words; ``closed`` vocabularies refuse them, because the model has
-                never seen anything but its vocabulary.
+    truncation: ``cut`` keeps the first ids, even if that drops a closing special token;
+                ``keep-last`` puts the last id in the last place.
+    unknown:    id of unknown words, -1 where there are none; ``closed`` vocabularies refuse them,
+                because the model has never seen anything but its vocabulary.
     stand_in:   the vocabulary is made up, because the real one is a download.
     """
 
@@ -84,7 +85,7 @@ class TokenizerSpec:
     unknown: int
     closed: bool
     stand_in: bool
-    truncation: str = "cut"
+    truncation: Literal["cut", "keep-last"] = "cut"
 
 
 @dataclass(frozen=True)

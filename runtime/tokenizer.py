@@ -40,8 +40,6 @@ class ExpressionTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._spec = spec
-        vocabulary = self._tokenizer.get_vocab()
-        self._known = sorted(w for w in vocabulary if w[0].isalpha())
 
     def encode(self, expression: str) -> Tokens:
         """Encode, cut to the model's length with a warning, and pad."""
@@ -63,7 +61,7 @@ class ExpressionTokenizer:
         encoding = self._tokenizer.encode(expression)
         self._check_unknown(expression, encoding.ids, encoding.offsets)
         ids = encoding.ids
-        if not ids:
+        if all(encoding.special_tokens_mask):
             raise InputError(
                 "expression-empty",
                 f"no word is left of the expression {expression!r}",
@@ -77,7 +75,10 @@ class ExpressionTokenizer:
                 RefedgeWarning,
                 stacklevel=3,
             )
+            last = ids[-1]
             ids = ids[: self._spec.words]
+            if self._spec.truncation == "keep-last":
+                ids[-1] = last
         padded = np.full(self._spec.words, self._spec.pad, np.int32)
         padded[: len(ids)] = ids
         return Tokens(padded, np.arange(self._spec.words) < len(ids))
@@ -100,14 +101,13 @@ class ExpressionTokenizer:
                 stacklevel=4,
             )
             return
-        near = {
-            n for w in unknown for n in difflib.get_close_matches(w.lower(), self._known, 2, 0.6)
-        }
+        known = sorted(w for w in self._tokenizer.get_vocab() if w[:1].isalpha())
+        near = {n for w in unknown for n in difflib.get_close_matches(w.lower(), known, 2, 0.6)}
         raise InputError(
             "expression-unknown-words",
             f"the model has never seen {', '.join(map(repr, unknown))}",
-            why=f"its vocabulary is closed: {len(self._known)} words",
+            why=f"its vocabulary is closed: {len(known)} words",
             fix=f"did you mean {', '.join(sorted(near))}?"
             if near
-            else f"use its words, such as {', '.join(self._known[:12])}",
+            else f"use its words, such as {', '.join(known[:12])}",
         )

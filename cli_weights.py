@@ -1,0 +1,111 @@
+"""The verbs of ``refedge`` that make checkpoints: train one, or convert the weights of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .errors import InputError
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", default="slvit:tiny", show_default=True, help="Model and configuration.")
+@click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
+@click.option("--difficulty", default="lite", show_default=True)
+@click.option("--steps", type=int, default=7000, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--bf16", is_flag=True, help="Autocast to bfloat16.")
+@click.option("--workers", type=int, default=0, help="Processes that make batches.")
+@click.option("--threads", type=int, help="Threads of torch.")
+@click.option("--every", type=int, default=500, show_default=True, help="Steps between scores.")
+def train(
+    folder: Path,
+    model: str,
+    size: int | None,
+    difficulty: str,
+    steps: int,
+    seed: int,
+    device: str,
+    bf16: bool,
+    workers: int,
+    threads: int | None,
+    every: int,
+) -> None:
+    """Train a model on RefShapes into FOLDER; run again to go on where it stopped."""
+    import torch
+
+    from .models.checkpoint import configuration_named
+    from .training.recipe import Recipe
+    from .training.train import train as run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recipe = Recipe(difficulty=difficulty, steps=steps, seed=seed, bfloat16=bf16)
+    name, _, configuration = model.partition(":")
+    config = configuration_named(name, configuration or "tiny", size)
+    run(name, config, recipe, folder, device=device, workers=workers, every=every, say=click.echo)
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="LAYOUT FILE [LAYOUT FILE]...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--model", help="Such as slvit, or lts:paper; default: that of the first layout.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with the vocabulary.")
+@click.option(
+    "--words", type=click.Path(path_type=Path), help="For glove: a file with a word per line."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For what no file gives.")
+def convert(
+    files: tuple[str, ...],
+    output: Path,
+    model: str | None,
+    tokenizer: Path | None,
+    words: Path | None,
+    seed: int,
+) -> None:
+    """Make a checkpoint folder of public weight files, none of which is executed.
+
+    LAYOUT is slvit, lavt, bert, clip, mscan, swin, darknet, deeplab or glove; docs/weights.md says
+    which file is which. What no file gives is seeded, and the card says so.
+    """
+    from .data.refshapes.expressions import words as shape_words
+    from .models.convert.convert import convert as run
+
+    if len(files) % 2:
+        raise InputError(
+            "convert-layout",
+            f"{files[-1]} has no layout before it, or no file behind it",
+            why="layouts and files come in turn",
+            fix="write, for example: refedge convert mscan mscan_b.pth bert bert-base-uncased",
+        )
+    record = run(
+        [(layout, Path(file)) for layout, file in zip(files[::2], files[1::2], strict=True)],
+        output,
+        model=model,
+        words=None if words is None else _lines(words),
+        spare_words=shape_words(),
+        tokenizer=tokenizer,
+        seed=seed,
+        say=click.echo,
+    )
+    for part in record["converted"]:
+        modules = ", ".join(part["modules"])
+        click.echo(f"{part['layout']}: {part['tensors']} tensors of {modules}")
+    seeded = ", ".join(f"{name} ({count:,})" for name, count in record["seeded"].items())
+    click.echo(f"seeded: {seeded or 'nothing'}")
+    click.echo(f"wrote {output}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            "weights-missing",
+            f"{path} cannot be read",
+            why=str(error),
+            fix="give a text file with a word per line",
+        ) from error
