@@ -36,6 +36,8 @@ SMALL = replace(
 )
 SMALL_RN = replace(SMALL, vision=None, resnet=ClipResNet((1, 1, 1, 1), 16), enlarge=(2, 2))
 
+from .networks import taken_by
+
 
 @torch.no_grad()
 def seeded(config: CMMaskSDConfig, seed: int = 3) -> CMMaskSD:
@@ -58,8 +60,8 @@ def seeded(config: CMMaskSDConfig, seed: int = 3) -> CMMaskSD:
 def inputs(model: CMMaskSD, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pixels, ids, words and the number of each expression's picture."""
     text, image, mask = model.parts()
-    (pixels,), index = image.example(batch, seed), mask.example(batch, seed)[0]
-    return pixels, *text.example(batch, seed), index.long()  # type: ignore[return-value]
+    (pixels,), index = taken_by(image, batch, seed), taken_by(mask, batch, seed)[0]
+    return pixels, *taken_by(text, batch, seed), index.long()  # type: ignore[return-value]
 
 
 @cache
@@ -400,7 +402,7 @@ def require_parity(part: Part) -> onnx.ModelProto:
     require_clean(graph)
     runner = session(graph)
     for batch in (1, 4):
-        example = part.example(batch, 5)
+        example = taken_by(part, batch, 5)
         expected = part.module(*example)
         expected = expected if isinstance(expected, tuple) else (expected,)
         feeds = {p.name: v.numpy() for p, v in zip(part.inputs, example, strict=True)}

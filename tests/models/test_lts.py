@@ -26,6 +26,8 @@ VARIANTS = {
     "stride16": replace(TINY, locator="filtering", stride=16, doublings=(24, 16), codes=2),
 }
 
+from .networks import taken_by
+
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def model(request: pytest.FixtureRequest) -> LTS:
@@ -40,7 +42,11 @@ def tiny() -> LTS:
 def inputs(model: LTS, batch: int, seed: int) -> tuple[Tensor, ...]:
     """Pixels of half as many pictures, ids, words, image_index."""
     text, image, mask = model.parts()
-    return (*image.example(batch, seed), *text.example(batch, seed), mask.example(batch, seed)[0])
+    return (
+        *taken_by(image, batch, seed),
+        *taken_by(text, batch, seed),
+        taken_by(mask, batch, seed)[0],
+    )
 
 
 def parameters(module: nn.Module) -> int:
@@ -125,7 +131,7 @@ def test_high_modules_exist(model: LTS) -> None:
 
 def test_ports_are_what_parts_give(model: LTS) -> None:
     for part in model.parts():
-        given = part.example(4, 0)
+        given = taken_by(part, 4, 0)
         assert [tuple(t.shape[1:]) for t in given] == [p.shape[1:] for p in part.inputs], part.name
         assert [str(t.dtype).removeprefix("torch.") for t in given] == [
             p.dtype for p in part.inputs

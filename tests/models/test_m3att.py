@@ -26,6 +26,8 @@ DARKNET_GRU = replace(GATED, bert=None, gru=GruConfig(64, 24, 32), words=15, lay
 SWIN_GRU = replace(SWIN_BERT, bert=None, gru=GruConfig(64, 24, 32), words=6)
 VARIANTS = {"tiny": TINY, "gated": GATED, "swin-bert": SWIN_BERT, "darknet-gru": DARKNET_GRU}
 
+from .networks import taken_by
+
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def model(request: pytest.FixtureRequest) -> M3Att:
@@ -37,7 +39,7 @@ def inputs(model: M3Att, batch: int, seed: int) -> tuple[Tensor, ...]:
     known: dict[str, Tensor] = {}
     for part in model.parts():
         names = (port.name for port in part.inputs)
-        known |= dict(zip(names, part.example(batch, seed), strict=True))
+        known |= dict(zip(names, taken_by(part, batch, seed), strict=True))
     return tuple(known[name] for name in HOST)
 
 

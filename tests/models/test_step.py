@@ -30,6 +30,8 @@ SMALL = replace(
     filters=5,
 )
 
+from .networks import taken_by
+
 
 def lively(config: STEPConfig, seed: int = 0) -> STEP:
     """Random weights, batch norms with statistics of their own, heat maps that matter."""
@@ -48,7 +50,11 @@ def lively(config: STEPConfig, seed: int = 0) -> STEP:
 def inputs(model: STEP, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """pixels of (batch + 1) // 2 pictures, ids, words, image_index."""
     text, image, mask = model.parts()
-    return (*image.example(batch, seed), *text.example(batch, seed), mask.example(batch, seed)[1])
+    return (
+        *taken_by(image, batch, seed),
+        *taken_by(text, batch, seed),
+        taken_by(mask, batch, seed)[1],
+    )
 
 
 def parameters(model: nn.Module) -> int:
