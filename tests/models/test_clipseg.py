@@ -26,6 +26,8 @@ from refedge.models.parts import pictures
 from torch import Tensor
 from transformers import CLIPSegForImageSegmentation
 
+from .networks import taken_by
+
 EOS = 39
 SMALL = CLIPSegConfig(
     size=48,
@@ -39,8 +41,6 @@ SMALL = CLIPSegConfig(
     text=ClipText(vocabulary=40, width=32, layers=2, heads=4, positions=12),
     vision=ClipVision(patch=8, width=48, layers=4, heads=4),
 )
-
-from .networks import taken_by
 
 
 def saved(folder: Path, config: CLIPSegConfig, size: int) -> CLIPSegForImageSegmentation:

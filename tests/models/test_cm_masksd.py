@@ -28,6 +28,8 @@ from refedge.models.parts import Part, pictures
 from refedge.models.seeded import _fill
 from torch import Tensor, nn
 
+from .networks import taken_by
+
 SMALL = replace(
     TINY,
     layers=1,
@@ -35,8 +37,6 @@ SMALL = replace(
     vision=ClipVision(patch=8, width=32, layers=1, heads=4),
 )
 SMALL_RN = replace(SMALL, vision=None, resnet=ClipResNet((1, 1, 1, 1), 16), enlarge=(2, 2))
-
-from .networks import taken_by
 
 
 @torch.no_grad()

@@ -19,14 +19,14 @@ from refedge.models.parts import HOST, Framing, Part
 from refedge.models.seeded import seed_weights
 from torch import Tensor, nn
 
+from .networks import taken_by
+
 # every option at a size that costs little
 VARIANTS = {
     "tiny": TINY,
     "filtering": replace(TINY, locator="filtering", filters=2, kernel=3),
     "stride16": replace(TINY, locator="filtering", stride=16, doublings=(24, 16), codes=2),
 }
-
-from .networks import taken_by
 
 
 @pytest.fixture(scope="module", params=list(VARIANTS))

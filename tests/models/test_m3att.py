@@ -18,6 +18,8 @@ from refedge.models.seeded import seed_weights
 from refedge.models.swin import SwinConfig
 from torch import Tensor, nn
 
+from .networks import taken_by
+
 GATED = replace(TINY, early_fusion=True, skip=False)
 SMALL_SWIN = SwinConfig(width=16, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8), window=3, drop_path=0.0)
 # the two variants of the paper, small
@@ -25,8 +27,6 @@ SWIN_BERT = replace(GATED, darknet=None, swin=SMALL_SWIN, stride=16, doublings=3
 DARKNET_GRU = replace(GATED, bert=None, gru=GruConfig(64, 24, 32), words=15, layers=1)
 SWIN_GRU = replace(SWIN_BERT, bert=None, gru=GruConfig(64, 24, 32), words=6)
 VARIANTS = {"tiny": TINY, "gated": GATED, "swin-bert": SWIN_BERT, "darknet-gru": DARKNET_GRU}
-
-from .networks import taken_by
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -17,6 +17,8 @@ from refedge.models.step import LEVELS, PAPER, STEP, TINY, STEPConfig
 from refedge.models.step_layers import Atrous, ConvGRU, coordinates, resize
 from torch import Tensor, nn
 
+from .networks import taken_by
+
 SMALL = replace(
     TINY,
     size=64,
@@ -29,8 +31,6 @@ SMALL = replace(
     joint=11,
     filters=5,
 )
-
-from .networks import taken_by
 
 
 def lively(config: STEPConfig, seed: int = 0) -> STEP:
