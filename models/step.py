@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .deeplab import DeepLab, DeepLabConfig
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
 from .recurrent import BiRecurrent, WordVectors
 from .step_layers import Atrous, ConvGRU, Focus, HeatMap, Point, Unit, WordAttention, resize, rows
 
@@ -272,6 +272,14 @@ class STEP(Network):
         """Exact: masks on the way, which the loop looks at again, stay as they are."""
         self.shift += shift / self.scale
         self.scale *= scale
+
+    def cross_attention(self) -> tuple[AttentionShape, ...]:
+        """Once per level, whatever the number of steps."""
+        c = self.config
+        return tuple(
+            AttentionShape(f"F{level}", 1, side**2, c.words, 1, c.key)
+            for level, side in enumerate(c.grids, start=1)
+        )
 
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for the loop."""
