@@ -39,6 +39,10 @@ class Placement:
     weights:    constant to the axis of its channels, None for one scale in all; those of spared
                 nodes as well, whose activations alone stay in float.
     same:       tensors that must have one scale, because a node only moves values.
+    factors:    stored tensors that only a product with a stored map reads as integers; sums over
+                all pixels depend on their largest values, so that no range may cut them.
+    rectified:  what a Relu alone reads, and what it writes, whose scale both have: the negative
+                side needs no range, and nothing is rounded twice.
     """
 
     int8: tuple[str, ...]
@@ -47,6 +51,8 @@ class Placement:
     stored: tuple[str, ...]
     weights: dict[str, int | None]
     same: tuple[tuple[str, str], ...]
+    factors: tuple[str, ...] = ()
+    rectified: tuple[tuple[str, str], ...] = ()
 
 
 def place(
@@ -69,8 +75,8 @@ def place(
         inputs[next(i for i in node.input[:2] if i != weight)] = None
         if node.op_type == "Conv":
             stored[node.output[0]] = None
-    same = _spread(index, inputs)
-    _store_elementwise(index, inputs, stored, high)
+    factors, moved = _products(index, high, stored, weights)
+    same = (*_spread(index, inputs), *moved, *_store_elementwise(index, inputs, stored, high))
     return Placement(
         tuple(int8),
         tuple(n.name for n in index.nodes if n.name in high),
@@ -78,6 +84,8 @@ def place(
         tuple(t for t in stored if t not in inputs and t not in index.outputs),
         weights,
         same,
+        factors,
+        _rectified(index, {*inputs, *stored}),
     )
 
 
@@ -126,20 +134,71 @@ def _spread(index: GraphIndex, inputs: dict[str, None]) -> tuple[tuple[str, str]
     return tuple(same)
 
 
+def _products(
+    index: GraphIndex, high: set[str], stored: dict[str, None], weights: dict[str, int | None]
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Products in ``high`` modules whose left factor an integer convolution wrote.
+
+    It is in integers already, and rounding the right factor averages out over the long sum; ONNX
+    Runtime alone multiplies them as integers. Adds to ``stored`` and ``weights``; returns the right
+    factors, and which tensors have one scale.
+    """
+    factors: dict[str, None] = {}
+    maps: dict[str, None] = {}
+    for node in index.nodes:
+        if node.op_type != "MatMul" or node.name not in high:
+            continue
+        left, right = node.input
+        if not _written(index, left, stored):
+            continue
+        maps[left] = None
+        if right in index.tensors:
+            weights[right] = channel_axis(index, node, right)
+        else:
+            factors[right] = None
+    same = _spread(index, maps)
+    stored |= maps | factors
+    return tuple(factors), same
+
+
+def _rectified(index: GraphIndex, quantized: set[str]) -> tuple[tuple[str, str], ...]:
+    pairs = [(n.input[0], n.output[0]) for n in index.nodes if n.op_type == "Relu"]
+    return tuple(p for p in pairs if quantized.issuperset(p) and len(index.readers[p[0]]) == 1)
+
+
+def _written(index: GraphIndex, name: str, quantized: dict[str, None]) -> bool:
+    """Whether a tensor holds what a quantized one holds, moved and rectified."""
+    while name not in quantized:
+        maker = index.maker.get(name)
+        if maker is None or maker.op_type not in (*MOVERS, "Relu"):
+            return False
+        name = maker.input[0]
+    return True
+
+
 def _store_elementwise(
     index: GraphIndex, inputs: dict[str, None], stored: dict[str, None], high: set[str]
-) -> None:
+) -> tuple[tuple[str, str], ...]:
     """Sums and products of quantized maps are written as integers where the next one reads them.
 
     Chains of them, such as the residual path, then stay in integers; what only a float node reads
-    is not rounded for nothing.
+    is not rounded for nothing. A sum with a quantized map before a Relu whose result is quantized
+    is made in integers throughout. Returns which tensors have one scale.
     """
+    same: list[tuple[str, str]] = []
     for node in index.nodes:
+        out, readers = node.output[0], index.readers[node.output[0]]
         if node.op_type not in ELEMENTWISE or node.name in high:
             continue
-        read_on = any(r.op_type in ELEMENTWISE for r in index.readers[node.output[0]])
-        if read_on and all(i in inputs or i in stored for i in node.input):
-            stored[node.output[0]] = None
+        relus = [r.output[0] for r in readers if r.op_type == "Relu" and r.output[0] in inputs]
+        terms = dict.fromkeys(i for i in node.input if i not in inputs)
+        if node.op_type == "Add" and relus and any(_written(index, i, inputs) for i in node.input):
+            same += _spread(index, terms)
+            stored |= terms
+        read_on = relus or any(r.op_type in ELEMENTWISE for r in readers)
+        if read_on and not terms.keys() - stored.keys():
+            stored[out] = None
+    return tuple(same)
 
 
 def macs(index: GraphIndex, node: onnx.NodeProto) -> int:

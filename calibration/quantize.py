@@ -273,13 +273,25 @@ def calibration_pairs(bundle: Bundle, data: str | None, samples: int, root: Path
 def _part_plan(part: _Part, placement: Placement, method: str) -> PartPlan:
     tensors = (*placement.inputs, *placement.stored)
     histograms = part.collector.histograms
-    scales = {name: scale_of(histograms[name], method) for name in tensors}
+    whole = frozenset(placement.factors)
+    scales = {
+        name: scale_of(histograms[name], "minmax" if name in whole else method) for name in tensors
+    }
     _unify(scales, placement.same)
+    scales |= {source: scales[relu] for source, relu in placement.rectified}
     weights = {
         name: WeightScale(axis, weight_scales(part.index.constant(name), axis))
         for name, axis in placement.weights.items()
     }
-    return PartPlan(part.digest, placement.int8, placement.high, scales, placement.stored, weights)
+    return PartPlan(
+        part.digest,
+        placement.int8,
+        placement.high,
+        scales,
+        placement.stored,
+        weights,
+        placement.factors,
+    )
 
 
 def _unify(scales: dict[str, float], same: Iterable[tuple[str, str]]) -> None:

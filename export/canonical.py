@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ..errors import ExportError
 from .fold import fold_affine
+from .linear import reorder
 
 OPSET = 20
 IR_VERSION = 10
@@ -34,6 +35,7 @@ def canonical(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     _name_modules(model)
     _rename(model)
     fold_affine(model)
+    reorder(model)
     _strip(model, name)
     model.ir_version = IR_VERSION
     versions = {o.domain: o.version for o in model.opset_import}

@@ -8,15 +8,15 @@ float64, then rounded once. Maps that are flattened and transposed are transpose
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from .graph import GraphIndex, attribute
+from .rewrite import add, declare, node_of, only, own_weights, pointwise, replace, rewrite
 
 Doubles = npt.NDArray[np.float64]
 
@@ -40,20 +40,7 @@ def fold_affine(model: onnx.ModelProto) -> onnx.ModelProto:
         _norm_into_convolutions,
         _pixels_first,
     )
-    while any(_apply(rule, model) for rule in rules):
-        pass
-    used = {name for node in model.graph.node for name in node.input}
-    for tensor in [t for t in model.graph.initializer if t.name not in used]:
-        model.graph.initializer.remove(tensor)
-    made = {name for node in model.graph.node for name in node.output}
-    for value in [v for v in model.graph.value_info if v.name not in made]:
-        model.graph.value_info.remove(value)
-    return model
-
-
-def _apply(rule: Callable[[GraphIndex, onnx.NodeProto], bool], model: onnx.ModelProto) -> bool:
-    index = GraphIndex(model)
-    return any(rule(index, node) for node in index.nodes)
+    return rewrite(model, rules)
 
 
 def _distribute(index: GraphIndex, node: onnx.NodeProto) -> bool:
@@ -63,7 +50,7 @@ def _distribute(index: GraphIndex, node: onnx.NodeProto) -> bool:
         return False
     name, scale = found
     total = index.maker.get(name)
-    if total is None or total.op_type != "Add" or not _only(index, name):
+    if total is None or total.op_type != "Add" or not only(index, name):
         return False
     kinds = [index.maker[i].op_type if i in index.maker else "" for i in total.input]
     if sorted(kinds) != ["BatchNormalization", "Conv"]:
@@ -71,11 +58,11 @@ def _distribute(index: GraphIndex, node: onnx.NodeProto) -> bool:
     parts = []
     for term in total.input:
         output = f"{term}/scaled_by/{scale}"
-        parts.append(_like(node, "Mul", [term, scale], [output], f"{output}/Mul"))
-        _copy_type(index, term, output)
-    total_scaled = _like(total, "Add", [p.output[0] for p in parts], node.output, total.name)
-    _replace(index, node, [*parts, total_scaled])
-    _replace(index, total, [])
+        parts.append(node_of(node, "Mul", [term, scale], [output], f"{output}/Mul"))
+        declare(index, output, term)
+    total_scaled = node_of(total, "Add", [p.output[0] for p in parts], node.output, total.name)
+    replace(index, node, [*parts, total_scaled])
+    replace(index, total, [])
     return True
 
 
@@ -83,13 +70,13 @@ def _scale_convolution(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """``c * conv(x)`` to a convolution with larger weights."""
     found = _scaled(index, node)
     conv = None if found is None else index.maker.get(found[0])
-    if found is None or conv is None or conv.op_type != "Conv" or not _only(index, found[0]):
+    if found is None or conv is None or conv.op_type != "Conv" or not only(index, found[0]):
         return False
-    if not _own_weights(index, conv):
+    if not own_weights(index, conv):
         return False
     _scale_weights(index, conv, _channels(index, found[1]))
     conv.output[0] = node.output[0]
-    _replace(index, node, [])
+    replace(index, node, [])
     return True
 
 
@@ -102,13 +89,13 @@ def _scale_norm(index: GraphIndex, node: onnx.NodeProto) -> bool:
     scale = _channels(index, found[1])
     names = [f"{node.output[0]}/{kind}" for kind in ("weight", "bias")]
     for name, source in zip(names, norm.input[1:3], strict=True):
-        _add(index, name, _doubles(index, source) * scale)
-    made = _like(norm, "BatchNormalization", [], node.output, f"{node.name}/folded")
+        add(index, name, (_doubles(index, source) * scale).astype(np.float32))
+    made = node_of(norm, "BatchNormalization", [], node.output, f"{node.name}/folded")
     made.input.extend([norm.input[0], *names, *norm.input[3:]])
     made.attribute.extend(norm.attribute)
-    _replace(index, node, [made])
-    if _only(index, norm.output[0]):
-        _replace(index, norm, [])
+    replace(index, node, [made])
+    if only(index, norm.output[0]):
+        replace(index, norm, [])
     return True
 
 
@@ -148,27 +135,33 @@ def _merge_shortcut(index: GraphIndex, node: onnx.NodeProto) -> bool:
         return False
     for x, name in (tuple(node.input), tuple(node.input)[::-1]):
         inner = index.maker.get(name)
-        if inner is None or inner.op_type != "Add" or not _only(index, name):
+        if inner is None or inner.op_type != "Add" or not only(index, name):
             continue
         for term, other in (tuple(inner.input), tuple(inner.input)[::-1]):
             norm = index.maker.get(term)
             if norm is None or norm.op_type != "BatchNormalization" or norm.input[0] != x:
                 continue
-            if not _only(index, term):
+            if not only(index, term):
                 continue
             affine = _affine(index, norm)
             weight, bias = (f"{node.output[0]}/shortcut.{kind}" for kind in ("weight", "bias"))
-            _add(index, weight, (1.0 + affine.scale).reshape(-1, 1, 1, 1))
-            _add(index, bias, affine.shift)
+            add(index, weight, (1.0 + affine.scale).astype(np.float32).reshape(-1, 1, 1, 1))
+            add(index, bias, affine.shift.astype(np.float32))
             output = f"{node.output[0]}/shortcut"
-            made = _like(norm, "Conv", [x, weight, bias], [output], f"{node.name}/shortcut/Conv")
-            made.attribute.append(helper.make_attribute("group", len(affine.scale)))
-            made.attribute.append(helper.make_attribute("kernel_shape", [1, 1]))
-            total = _like(node, "Add", [other, output], node.output, node.name)
-            _replace(index, node, [made, total])
+            made = node_of(
+                norm,
+                "Conv",
+                [x, weight, bias],
+                [output],
+                f"{node.name}/shortcut/Conv",
+                group=len(affine.scale),
+                kernel_shape=[1, 1],
+            )
+            total = node_of(node, "Add", [other, output], node.output, node.name)
+            replace(index, node, [made, total])
             for gone in (inner, norm):
-                _replace(index, gone, [])
-            _copy_type(index, x, output)
+                replace(index, gone, [])
+            declare(index, output, x)
             return True
     return False
 
@@ -178,7 +171,7 @@ def _norm_into_convolutions(index: GraphIndex, node: onnx.NodeProto) -> bool:
     if node.op_type != "BatchNormalization" or node.output[0] in index.outputs:
         return False
     readers = index.readers[node.output[0]]
-    if not readers or not all(_pointwise(index, r) and len(r.input) == 3 for r in readers):
+    if not readers or not all(pointwise(index, r) and len(r.input) == 3 for r in readers):
         return False
     affine = _affine(index, node)
     for conv in readers:
@@ -187,7 +180,7 @@ def _norm_into_convolutions(index: GraphIndex, node: onnx.NodeProto) -> bool:
         _set(index, conv.input[1], weight * affine.scale.reshape(1, -1, 1, 1))
         _set(index, conv.input[2], _doubles(index, conv.input[2]) + shift)
         conv.input[0] = node.input[0]
-    _replace(index, node, [])
+    replace(index, node, [])
     return True
 
 
@@ -208,20 +201,19 @@ def _pixels_first(index: GraphIndex, node: onnx.NodeProto) -> bool:
         return False
     made = f"{flat.input[0]}/pixels"
     last, shape = f"{made}/channels_last", f"{made}/shape"
-    sizes = np.array([-1, pixels, channels], np.int64)
-    index.model.graph.initializer.append(numpy_helper.from_array(sizes, shape))
-    transpose = _like(node, "Transpose", [flat.input[0]], [last], f"{node.name}/channels_last")
-    transpose.attribute.append(helper.make_attribute("perm", [0, 2, 3, 1]))
-    reshape = _like(node, "Reshape", [last, shape], [made], f"{node.name}/pixels")
+    add(index, shape, np.array([-1, pixels, channels], np.int64))
+    name = f"{node.name}/channels_last"
+    transpose = node_of(node, "Transpose", [flat.input[0]], [last], name, perm=[0, 2, 3, 1])
+    reshape = node_of(node, "Reshape", [last, shape], [made], f"{node.name}/pixels")
     for reader in index.readers[node.output[0]]:
         reader.input[:] = [made if i == node.output[0] else i for i in reader.input]
     for value in index.model.graph.value_info:
         if value.name == node.output[0]:
             value.name = made
-    _copy_type(index, flat.input[0], last, (0, 2, 3, 1))
-    _replace(index, node, [transpose, reshape])
-    if _only(index, flat.output[0]):
-        _replace(index, flat, [])
+    declare(index, last, flat.input[0], (*source[2:], channels))
+    replace(index, node, [transpose, reshape])
+    if only(index, flat.output[0]):
+        replace(index, flat, [])
     return True
 
 
@@ -239,19 +231,6 @@ def _scaled(index: GraphIndex, node: onnx.NodeProto) -> tuple[str, str] | None:
     return None
 
 
-def _pointwise(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """A dense 1x1 convolution without padding whose weights nobody else reads."""
-    if node.op_type != "Conv" or not _own_weights(index, node):
-        return False
-    dims = list(index.tensors[node.input[1]].dims)
-    plain = attribute(node, "pads", [0, 0, 0, 0]) == [0, 0, 0, 0]
-    return dims[2:] == [1, 1] and attribute(node, "group", 1) == 1 and plain
-
-
-def _own_weights(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    return all(n in index.tensors and len(index.readers[n]) == 1 for n in node.input[1:])
-
-
 def _affine(index: GraphIndex, norm: onnx.NodeProto) -> Affine:
     weight, bias, mean, variance = (_doubles(index, n) for n in norm.input[1:5])
     scale = weight / np.sqrt(variance + float(str(attribute(norm, "epsilon", 1e-5))))
@@ -262,52 +241,9 @@ def _channels(index: GraphIndex, constant: str) -> Doubles:
     return _doubles(index, constant).reshape(-1)
 
 
-def _only(index: GraphIndex, name: str) -> bool:
-    """Whether one node reads the tensor, and it is no output of the graph."""
-    return len(index.readers[name]) == 1 and name not in index.outputs
-
-
 def _doubles(index: GraphIndex, name: str) -> Doubles:
     return index.constant(name).astype(np.float64)
 
 
 def _set(index: GraphIndex, name: str, value: Doubles) -> None:
     index.tensors[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
-
-
-def _add(index: GraphIndex, name: str, value: Doubles) -> None:
-    index.model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
-
-
-def _copy_type(
-    index: GraphIndex, source: str, name: str, order: tuple[int, ...] | None = None
-) -> None:
-    """The new tensor has the shape and type of another, perhaps with its axes in another order."""
-    for value in index.model.graph.value_info:
-        if value.name == source:
-            copy = index.model.graph.value_info.add()
-            copy.CopyFrom(value)
-            copy.name = name
-            if order is not None:
-                dims = value.type.tensor_type.shape.dim
-                del copy.type.tensor_type.shape.dim[:]
-                copy.type.tensor_type.shape.dim.extend(dims[axis] for axis in order)
-            return
-
-
-def _like(
-    node: onnx.NodeProto, kind: str, inputs: list[str], outputs: Iterable[str], name: str
-) -> onnx.NodeProto:
-    """A node of the same torch module."""
-    made = helper.make_node(kind, inputs, list(outputs), name)
-    made.metadata_props.extend(node.metadata_props)
-    return made
-
-
-def _replace(index: GraphIndex, node: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> None:
-    """Put nodes where one was."""
-    field = index.model.graph.node
-    position = next(i for i, n in enumerate(field) if n.name == node.name and n == node)
-    rest = [onnx.NodeProto.FromString(n.SerializeToString()) for n in field[position + 1 :]]
-    del field[position:]
-    field.extend([*nodes, *rest])

@@ -92,7 +92,7 @@ def lint_qdq(model: onnx.ModelProto, dialect: str) -> list[Finding]:
     findings = []
     for node in index.nodes:
         if node.op_type == "QuantizeLinear":
-            findings += _activation(index, node, TARGETS[dialect].zero_point)
+            findings += _activation(index, node, dialect)
         elif node.op_type == "DequantizeLinear":
             findings += _dequantized(index, node, dialect)
         elif node.op_type in ("Conv", "Gemm") and len(node.input) > 2:
@@ -102,9 +102,8 @@ def lint_qdq(model: onnx.ModelProto, dialect: str) -> list[Finding]:
     return findings
 
 
-def _activation(
-    index: GraphIndex, node: onnx.NodeProto, zero_point: tuple[int, int]
-) -> list[Finding]:
+def _activation(index: GraphIndex, node: onnx.NodeProto, dialect: str) -> list[Finding]:
+    zero_point = TARGETS[dialect].zero_point
     findings = []
     scale, zero = (index.constant(n) for n in node.input[1:3])
     if scale.ndim != 0 or not np.isfinite(scale) or float(scale) <= 0:
@@ -112,15 +111,20 @@ def _activation(
             _finding("qdq-scale", node, f"the scale is {scale!r}, not one positive number")
         )
     kind = index.tensors[node.input[2]].data_type
+    readers = index.readers[node.output[0]]
+    integers = "MatMulInteger" if dialect.startswith("ort") else ""
+    products = [r for r in readers if r.op_type == integers]
+    if dialect == "ort" and any(r.input[1] == node.output[0] for r in products):
+        zero_point = _SIGNED  # a right factor has the type of weights
     if (kind, int(zero)) != zero_point:
         wanted = f"{TensorProto.DataType.Name(zero_point[0])} {zero_point[1]}"
         findings.append(_finding("qdq-zero-point", node, f"the zero-point is not {wanted}"))
-    readers = index.readers[node.output[0]]
-    if not readers or any(r.op_type != "DequantizeLinear" for r in readers):
+    pairs = [r for r in readers if r not in products]
+    if not readers or any(r.op_type != "DequantizeLinear" for r in pairs):
         findings.append(
             _finding("qdq-pair", node, "something else than a DequantizeLinear reads it")
         )
-    others = [r for r in readers if list(r.input[1:]) != list(node.input[1:])]
+    others = [r for r in pairs if list(r.input[1:]) != list(node.input[1:])]
     return findings + [_finding("qdq-pair", r, "its scale is not that of its pair") for r in others]
 
 

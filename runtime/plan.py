@@ -38,6 +38,8 @@ class PartPlan:
     activations: scale of every quantized tensor.
     stored:      those of them that only an integer convolution's own output makes necessary:
                  ONNX Runtime needs them, TensorRT is better off without.
+    factors:     those of them that only a product with another quantized tensor reads as integers;
+                 everything else reads the float values.
     weights:     scales of every quantized constant; ONNX Runtime's dialects keep those of nodes
                  outside ``int8`` as integers on disk too.
     """
@@ -48,6 +50,7 @@ class PartPlan:
     activations: dict[str, float] = field(default_factory=dict)
     stored: tuple[str, ...] = ()
     weights: dict[str, WeightScale] = field(default_factory=dict)
+    factors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def decode_plan(raw: bytes) -> Plan:
             raise _damaged("a scale is not a positive number")
         if not set(part.stored) <= set(part.activations):
             raise _damaged("a stored tensor has no scale")
+        if not set(part.factors) <= set(part.stored):
+            raise _damaged("a factor is not stored")
     return plan
 
 

@@ -11,6 +11,7 @@ from refedge.calibration.placement import Placement, macs, place, weighted_macs
 from refedge.export.canonical import module_of
 from refedge.export.graph import GraphIndex
 from refedge.export.qdq import write_qdq
+from refedge.export.targets import lint_qdq
 from refedge.runtime.bundle import open_bundle
 from refedge.runtime.plan import PartPlan, WeightScale
 
@@ -37,7 +38,7 @@ def plan_of(found: Placement, model: onnx.ModelProto) -> PartPlan:
         for name, axis in found.weights.items()
     }
     scales = dict.fromkeys((*found.inputs, *found.stored), 0.5)
-    return PartPlan("", found.int8, found.high, scales, found.stored, weights)
+    return PartPlan("", found.int8, found.high, scales, found.stored, weights, found.factors)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,94 @@ def test_products_of_two_activations_stay_in_float() -> None:
     assert placed(model) == Placement((), (), (), (), {}, ())
 
 
+def factorised() -> onnx.ModelProto:
+    """A convolution's map by pixels, times a constant and times a factor that a ratio gives."""
+    return small(
+        [
+            node("Conv", ["x", "k"], "c"),
+            node("Relu", ["c"], "r"),
+            node("Transpose", ["r"], "t", perm=[0, 2, 3, 1]),
+            node("Reshape", ["t", "shape"], "rows"),
+            node("MatMul", ["rows", "f"], "p", "ham"),
+            node("Div", ["z", "z2"], "b", "ham"),
+            node("MatMul", ["rows", "b"], "q", "ham"),
+            node("MatMul", ["b", "b"], "g", "ham"),
+            node("MatMul", ["q", "g"], "h", "ham"),
+            node("Add", ["p", "h"], "y", "ham"),
+        ],
+        {"x": MAP, "z": ("batch", 4, 4), "z2": ("batch", 4, 4)},
+        ["y"],
+        {"k": K, "f": W, "shape": np.int64([-1, 36, 4])},
+    )
+
+
+def test_products_of_integers_in_a_high_module() -> None:
+    """The map is there in integers; all that is not such a product stays in float."""
+    found = placed(factorised(), "ham")
+    assert found.factors == ("b",)
+    assert set(found.stored) == {"c", "r", "t", "rows", "b"}
+    assert found.weights == {"k": 0, "f": 1}
+    assert found.inputs == ("x",)
+    assert {("r", "t"), ("t", "rows")} <= set(found.same)
+    # elsewhere, such as in attention, products of two activations stay in float
+    found = placed(factorised(), "other")
+    assert found.factors == ()
+    assert "b" not in found.stored
+
+
+@pytest.mark.parametrize("unsigned_weights", [False, True])
+def test_a_product_of_integers_computes_what_its_scales_say(unsigned_weights: bool) -> None:
+    """The same in both encodings; what else reads the factor reads the float values."""
+    model = factorised()
+    plan = plan_of(placed(model, "ham"), model)
+    written = write_qdq(model, plan, unsigned=True, stored=True, unsigned_weights=unsigned_weights)
+    onnx.checker.check_model(written, full_check=True)
+    dialect = "ort-u8u8" if unsigned_weights else "ort"
+    assert lint_qdq(written, dialect) == []
+    kinds = [n.op_type for n in written.graph.node]
+    assert kinds.count("MatMulInteger") == 1
+    assert kinds.count("LeakyRelu") == 1
+    rng = np.random.default_rng(0)
+    feeds = {
+        "x": rng.integers(-5, 6, (2, 4, 6, 6)).astype(np.float32) / 2,
+        "z": rng.uniform(-9, 9, (2, 4, 4)).astype(np.float32),
+        "z2": np.ones((2, 4, 4), np.float32),
+    }
+    # steps of a half: the map is exact, the constants 0 and 1 too, the factor is rounded
+    summed = np.maximum(feeds["x"].sum(1, keepdims=True), 0.0).repeat(4, 1)
+    rows = summed.transpose(0, 2, 3, 1).reshape(2, 36, 4)
+    b = feeds["z"]
+    wanted = rows + (rows @ (np.rint(b * 2) / 2)) @ (b @ b)
+    for optimised in (False, True):
+        found = run(written, feeds, optimised=optimised)["y"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-3)
+    for_tensorrt = write_qdq(model, plan, unsigned=False, stored=False)
+    assert [n.input[0] for n in for_tensorrt.graph.node if n.op_type == "QuantizeLinear"] == ["x"]
+
+
+def test_a_sum_before_a_rectifier_is_made_in_integers() -> None:
+    """Its other term is quantized too, and what that was moved from."""
+    model = small(
+        [
+            node("Relu", ["x"], "a"),
+            node("Sigmoid", ["z"], "m"),
+            node("Transpose", ["m"], "b", perm=[0, 3, 1, 2]),
+            node("Add", ["a", "b"], "s"),
+            node("Relu", ["s"], "r"),
+            node("Conv", ["a", "k"], "c"),
+            node("Conv", ["r", "l"], "d"),
+            node("Sub", ["c", "d"], "y"),
+        ],
+        {"x": MAP, "z": ("batch", 6, 6, 4)},
+        ["y"],
+        {"k": K, "l": K},
+    )
+    found = placed(model)
+    assert set(found.inputs) == {"a", "r"}
+    assert set(found.stored) == {"m", "b", "s", "c", "d"}
+    assert ("m", "b") in found.same
+
+
 @pytest.mark.parametrize(
     ("operator", "inputs", "shape", "weight", "attributes", "axis"),
     [
@@ -336,6 +425,10 @@ def test_high_nodes_of_the_tiny_model(real: dict[str, tuple[GraphIndex, Placemen
         assert not tensors & set(index.tensors)
         assert not set(found.inputs) & set(found.stored)
         assert all({a, b} <= tensors for a, b in found.same)
+        assert set(found.factors) <= set(found.stored)
+    # seven steps of the factorisation, each with a product by the bases and by the coefficients,
+    # and the last coefficients; the first bases are constant
+    assert len(real["mask"][1].factors) == 2 * 7
 
 
 def masked(index: GraphIndex) -> set[str]:
