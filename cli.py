@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from . import __version__
-from .cli_weights import convert, train
+from .cli_weights import convert, models, train
 from .errors import RefedgeError, RefedgeWarning
 
 Item = TypeVar("Item")
@@ -47,7 +47,11 @@ class _Group(click.Group):
 
 
 @click.group(
-    cls=_Group, commands=[train, convert], context_settings={"help_option_names": ["-h", "--help"]}
+    cls=_Group,
+    commands=[train, convert, models],
+    context_settings={"help_option_names": ["-h", "--help"]},
+    commands=[train, convert, models],
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__)
 def main() -> None:

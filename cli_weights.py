@@ -1,7 +1,8 @@
-"""The verbs of ``refedge`` that make checkpoints: train one, or convert the weights of others."""
+"""The verbs of ``refedge`` about models: list them, train one, convert the weights of others."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -47,6 +48,28 @@ def train(
     name, _, configuration = model.partition(":")
     config = configuration_named(name, configuration or "tiny", size)
     run(name, config, recipe, folder, device=device, workers=workers, every=every, say=click.echo)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="All of it, for programs.")
+def models(as_json: bool) -> None:
+    """List the models: parameters, work per part, where words and pixels meet, checkpoints."""
+    from .models.summary import summaries
+
+    found = summaries()
+    if as_json:
+        click.echo(json.dumps([s.record() for s in found], indent=1))
+        return
+    for s in found:
+        work = ", ".join(f"{part} {macs / 1e9:.3g}" for part, macs in s.macs.items())
+        click.echo(f"{s.name}: {s.size} px, {s.parameters / 1e6:.2f} M parameters; GMACs: {work}")
+        for a in s.cross_attention:
+            click.echo(
+                f"  {a.name}: {a.calls} × {a.pixels} pixels × {a.words} words, "
+                f"{a.heads} × {a.width}"
+            )
+        if s.checkpoints:
+            click.echo(f"  checkpoints: {', '.join(s.checkpoints)}")
 
 
 @click.command()

@@ -34,7 +34,7 @@ from .clip_resnet import ClipResNet, ModifiedResNet
 from .cris import Decoder, Neck, Projector, PyramidNeck
 from .distil import MaskedBranches
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
 
 Tensors = tuple[Tensor, ...]
 PRODUCTS = 5  # tensors that the text part gives
@@ -284,6 +284,12 @@ class CMMaskSD(Network):
     def rescale(self, shift: float, scale: float) -> None:
         """Logits become ``scale * (logits - shift)``."""
         self.projector.rescale(shift, scale)
+
+    def cross_attention(self) -> tuple[AttentionShape, ...]:
+        """The decoder's layers."""
+        c = self.config
+        depth = c.width // c.heads
+        return (AttentionShape("decoder", c.layers, c.grid**2, c.words, c.heads, depth),)
 
     def parts(self) -> tuple[Part, ...]:
         """The three graphs: ``text`` per expression, ``image`` per picture, ``mask``."""

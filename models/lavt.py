@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mscan import normalise_pixels
-from .parts import BATCH, CrossAttention, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal
 from .pwam import PWAM
 from .swin import Swin, SwinConfig
 from .text import TextConfig, bert, encode
@@ -215,11 +215,11 @@ class LAVT(Network):
         weight.mul_(scale)
         bias.mul_(scale)
 
-    def cross_attention(self) -> tuple[CrossAttention, ...]:
+    def cross_attention(self) -> tuple[AttentionShape, ...]:
         """One head as wide as the map, behind every stage."""
         c = self.config
         return tuple(
-            CrossAttention(f"stage {i}", 1, (c.size >> i + 1) ** 2, c.words, 1, width)
+            AttentionShape(f"stage {i}", 1, (c.size >> i + 1) ** 2, c.words, 1, width)
             for i, width in enumerate(c.swin.widths, start=1)
         )
 

@@ -21,7 +21,7 @@ from .aspp import MaskHead
 from .darknet import BLOCKS, WIDTHS, Darknet, unit_pixels
 from .locators import CrossAttention, Filtering
 from .lts_neck import Neck, Tensors, VectorNorm
-from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
 from .recurrent import BiRecurrent, WordVectors, masked_mean
 
 LOCATORS = ("filtering", "transformer")
@@ -221,6 +221,15 @@ class LTS(Network):
         last.weight.mul_(scale)
         if last.bias is not None:
             last.bias.sub_(shift).mul_(scale)
+
+    def cross_attention(self) -> tuple[AttentionShape, ...]:
+        """The sentence's kernel at every pixel, or the locator's layers."""
+        c = self.config
+        pixels = c.side**2
+        if self.masked:
+            depth = c.attention // c.heads
+            return (AttentionShape("locator", c.layers, pixels, c.words, c.heads, depth),)
+        return (AttentionShape("filter", c.filters, pixels, c.kernel**2, 1, c.width),)
 
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for every pair."""

@@ -21,7 +21,7 @@ from .m3att_config import CONFIGS, PAPER, PAPER_DARKNET, TINY, GruConfig, M3AttC
 from .m3att_heads import MaskHead, Reconstruction
 from .mscan import normalise_pixels
 from .mutual_attention import MutualDecoder, pick
-from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
 from .recurrent import BiRecurrent, WordVectors
 from .slvit import MEAN, STD
 from .swin import Swin
@@ -176,6 +176,12 @@ class M3Att(Network):
         last.weight.mul_(scale)
         if last.bias is not None:
             last.bias.sub_(shift).mul_(scale)
+
+    def cross_attention(self) -> tuple[AttentionShape, ...]:
+        """Mutual attention: one score matrix, softmax over either side."""
+        c = self.config
+        depth = c.width // c.heads
+        return (AttentionShape("mutual", c.layers, c.side**2, c.words, c.heads, depth),)
 
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for every pair."""

@@ -77,7 +77,7 @@ class Framing:
 
 
 @dataclass(frozen=True)
-class CrossAttention:
+class AttentionShape:
     """Where pixels and words meet: so many calls of one shape.
 
     pixels, words: tokens on either side; heads x width: of the scores.
@@ -156,7 +156,7 @@ class Network(nn.Module):
         """Change the last layer so that logits become ``scale * (logits - shift)``."""
         raise NotImplementedError
 
-    def cross_attention(self) -> tuple[CrossAttention, ...]:
+    def cross_attention(self) -> tuple[AttentionShape, ...]:
         """The shapes in which pixels and words meet."""
         return ()
 

@@ -29,7 +29,7 @@ from .mscan import (
     StripConvs,
     normalise_pixels,
 )
-from .parts import BATCH, CrossAttention, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal
 from .text import TextConfig, bert, encode
 from .urce import CrossScaleEnhancement
 from .word_attention import GatedCross
@@ -357,11 +357,11 @@ class SLViT(Network):
         gap = scores[:, count - 1] - scores[:, count]
         return float((gap / (scores[:, 0] - scores[:, -1]).clamp_min(1e-30)).min())
 
-    def cross_attention(self) -> tuple[CrossAttention, ...]:
+    def cross_attention(self) -> tuple[AttentionShape, ...]:
         """One head as wide as the map, in every block."""
         c = self.config
         return tuple(
-            CrossAttention(f"stage {i}", depth, (c.size >> i + 1) ** 2, c.words, 1, width)
+            AttentionShape(f"stage {i}", depth, (c.size >> i + 1) ** 2, c.words, 1, width)
             for i, (depth, width) in enumerate(zip(c.depths, c.widths, strict=True), start=1)
         )
 

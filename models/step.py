@@ -12,7 +12,7 @@ projection into the joint space is one of vectors projected beforehand, with the
 of pixels alone and of words alone leave the loop.
 
 The output is the logit of the last mask, upsampled. The paper upsamples the probability; the two
-agree on the grid and, between its points, wherever neighbours lie on the same side of one half.
+masks agree on the grid and, between its points, where neighbours lie on the same side of one half.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from torch import Tensor, nn
 
 from .deeplab import DeepLab, DeepLabConfig
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
 from .recurrent import BiRecurrent, WordVectors
-from .text import MASKED
+from .step_layers import Atrous, ConvGRU, Focus, HeatMap, Point, Unit, WordAttention, resize, rows
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 LEVELS = 5
 FINE = 2  # levels of stride 4; the others have stride 8
-EPS = 1e-12
 EARLY = 0.3  # weight in training of the masks before the last
 
 Products = tuple[Tensor, ...]
@@ -55,6 +54,7 @@ class STEPConfig:
     deep_first: visit F5 to F1 instead of F1 to F5.
     stride:    pixels per cell of the ConvGRU's state, 4 or 8.
     echoes:    the ConvGRU also sees the last mask and the last heat map.
+    framing:   how pictures are preprocessed; a letterbox's border is zero once it is normalised.
     """
 
     size: int = 320
@@ -72,6 +72,7 @@ class STEPConfig:
     deep_first: bool = False
     stride: int = 4
     echoes: bool = False
+    framing: Framing = field(default_factory=lambda: Framing("letterbox", fill=(124, 116, 104)))
 
     def __post_init__(self) -> None:
         if self.size % 8 or self.stride not in (4, 8) or self.folds < 1:
@@ -111,131 +112,9 @@ TINY = STEPConfig(
     filters=16,
     folds=1,
     echoes=True,
+    framing=Framing(),
 )
 CONFIGS = {"paper": PAPER, "tiny": TINY}
-
-
-def coordinates(side: int) -> Tensor:
-    """[1, 8, side, side]: each cell's left, top, right, bottom, centre x and y in -1 to 1, 1/side.
-
-    The code of Liu et al., "Recurrent multimodal interaction", ICCV 2017.
-    """
-    edges = torch.arange(side + 1) * (2.0 / side) - 1.0
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    left, top, right, bottom = edges[x], edges[y], edges[x + 1], edges[y + 1]
-    part = torch.full((side, side), 1.0 / side)
-    centre = (left + right) / 2, (top + bottom) / 2
-    return torch.stack((left, top, right, bottom, *centre, part, part))[None]
-
-
-class Atrous(nn.Module):
-    """3x3 convolution of rate 3 over a map and its coordinates, batch norm, ReLU.
-
-    The weights of the coordinates are a convolution of their own, whose result is a constant; so
-    nothing has to be concatenated, and the coordinates stay exact when the map is quantized. It
-    enters behind the batch norm.
-    """
-
-    def __init__(self, channels: int, out: int, side: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out, 3, padding=3, dilation=3, bias=False)
-        self.bn = nn.BatchNorm2d(out)
-        self.place = nn.Conv2d(8, out, 3, padding=3, dilation=3, bias=False)
-        self.register_buffer("code", coordinates(side), persistent=False)
-
-    code: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)) + self.place(self.code))
-
-
-class Unit(nn.Module):
-    """L2 norm over the last axis."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / ((x * x).sum(-1, keepdim=True) + EPS).sqrt()
-
-
-class WordAttention(nn.Module):
-    """Which words each pixel attends to: queries [B, N, K], keys [B, K, T] to [B, N, T]."""
-
-    def forward(self, queries: Tensor, keys: Tensor, words: Tensor) -> Tensor:
-        scores = torch.where(words[:, None], queries @ keys, MASKED)
-        return scores.softmax(-1)
-
-
-class Focus(nn.Module):
-    """Weights of words [B, 1, T]: the attention [B, N, T] of the pixels of a mask [B, 1, h, w].
-
-    Pixels count by the softmax of their probabilities, which is nearly flat; without a mask, all
-    count alike.
-    """
-
-    def forward(self, attention: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return attention.mean(1, keepdim=True)
-        return mask.flatten(2).softmax(-1) @ attention
-
-
-class Point(nn.Module):
-    """Where an expression lies in the joint space.
-
-    weights [B, 1, T] of its words and their values [B, T, D] to [B, 1, D].
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unit = Unit()
-
-    def forward(self, weights: Tensor, values: Tensor) -> Tensor:
-        unit: Tensor = self.unit(torch.tanh(weights @ values))
-        return unit
-
-
-class HeatMap(nn.Module):
-    """Cosine of pixels [B, N, D] and points [B, 1, D], none below zero: [B, 1, side, side]."""
-
-    def forward(self, pixels: Tensor, point: Tensor, side: int) -> Tensor:
-        return F.relu(pixels @ point.transpose(1, 2)).reshape(-1, 1, side, side)
-
-
-class ConvGRU(nn.Module):
-    """A convolutional GRU (Ballas et al., ICLR 2016); x [B, inputs, H, W], h [B, filters, H, W].
-
-    inputs holds the three input kernels, for reset, update and candidate; gates and candidate the
-    recurrent ones. Channels that x lacks, and a state of None, are zero.
-    """
-
-    def __init__(self, inputs: int, filters: int) -> None:
-        super().__init__()
-        self.inputs = nn.Conv2d(inputs, 3 * filters, 3, padding=1)
-        self.gates = nn.Conv2d(filters, 2 * filters, 3, padding=1, bias=False)
-        self.candidate = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
-        self.filters = filters
-
-    def forward(self, x: Tensor, h: Tensor | None) -> Tensor:
-        weight = self.inputs.weight[:, : x.shape[1]]
-        seen = F.conv2d(x, weight, self.inputs.bias, padding=1)
-        gates, new = torch.split(seen, [2 * self.filters, self.filters], 1)
-        if h is None:
-            return torch.sigmoid(-gates[:, self.filters :]) * torch.tanh(new)
-        reset, keep = torch.sigmoid(gates + self.gates(h)).chunk(2, 1)
-        new = torch.tanh(new + self.candidate(reset * h))
-        return new + keep * (h - new)
-
-
-def resize(x: Tensor, side: int) -> Tensor:
-    """Bilinear, [B, C, h, h] to half, the same or double the side."""
-    if x.shape[2] == side:
-        return x
-    if x.shape[2] == 2 * side:
-        return F.avg_pool2d(x, 2)  # what bilinear halving is
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[B, C, H, W] to [B, H * W, C]."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class STEP(Network):
@@ -288,8 +167,8 @@ class STEP(Network):
 
     @property
     def framing(self) -> Framing:
-        """Letterbox; the border is zero once pixels are normalised."""
-        return Framing(resize="letterbox", fill=(124, 116, 104))
+        """The configuration's."""
+        return self.config.framing
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -314,8 +193,8 @@ class STEP(Network):
         """Atrous maps to queries_1, phi_1, queries_2, ...: [I, N, key] and [I, N, joint]."""
         products: list[Tensor] = []
         for x, vt, phi in zip(maps, self.vt, self.phi, strict=True):
-            products.append(_rows(vt(x)))
-            products.append(self.unit(torch.tanh(_rows(phi(x)))))
+            products.append(rows(vt(x)))
+            products.append(self.unit(torch.tanh(rows(phi(x)))))
         return tuple(products)
 
     def encode_image(self, pixels: Tensor) -> Products:
@@ -393,6 +272,14 @@ class STEP(Network):
         """Exact: masks on the way, which the loop looks at again, stay as they are."""
         self.shift += shift / self.scale
         self.scale *= scale
+
+    def cross_attention(self) -> tuple[AttentionShape, ...]:
+        """Once per level, whatever the number of steps."""
+        c = self.config
+        return tuple(
+            AttentionShape(f"F{level}", 1, side**2, c.words, 1, c.key)
+            for level, side in enumerate(c.grids, start=1)
+        )
 
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for the loop."""

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import SHIPPED, load_card, plain, shipped
 from .families import families, family
-from .parts import CrossAttention, Part
+from .parts import AttentionShape, Part
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Summary:
     words: int
     parameters: int
     macs: dict[str, int]
-    cross_attention: tuple[CrossAttention, ...]
+    cross_attention: tuple[AttentionShape, ...]
     checkpoints: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:

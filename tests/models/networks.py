@@ -8,7 +8,7 @@ from refedge.export.from_torch import to_onnx
 from refedge.export.lint import require_clean
 from refedge.export.parity import Agreement, compare
 from refedge.models.examples import host_inputs, steps
-from refedge.models.parts import HOST, Network
+from refedge.models.parts import HOST, Network, Part
 from torch import Tensor
 
 
@@ -16,6 +16,13 @@ def inputs_of(model: Network, batch: int, seed: int) -> tuple[Tensor, ...]:
     """Pixels, ids, words and the index of pictures, as forward takes them."""
     host = host_inputs(model, batch, seed)
     return tuple(host[name] for name in HOST)
+
+
+def taken_by(part: Part, batch: int, seed: int) -> tuple[Tensor, ...]:
+    """What a part takes, in its order."""
+    model = part.module.model
+    assert isinstance(model, Network)
+    return tuple(steps(model, host_inputs(model, batch, seed))[part.name][0].values())
 
 
 def graphs_of(model: Network) -> dict[str, onnxruntime.InferenceSession]:

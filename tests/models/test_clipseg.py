@@ -26,6 +26,8 @@ from refedge.models.parts import pictures
 from torch import Tensor
 from transformers import CLIPSegForImageSegmentation
 
+from .networks import taken_by
+
 EOS = 39
 SMALL = CLIPSegConfig(
     size=48,
@@ -143,7 +145,7 @@ def test_the_graphs() -> None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         runner = onnxruntime.InferenceSession(graph.SerializeToString(), options)
         for batch in (1, 4):
-            example = part.example(batch, 5)
+            example = taken_by(part, batch, 5)
             expected = part.module(*example)
             expected = expected if isinstance(expected, tuple) else (expected,)
             feeds = {p.name: v.numpy() for p, v in zip(part.inputs, example, strict=True)}
@@ -157,9 +159,9 @@ def test_the_graphs() -> None:
 def test_parts_chain_to_the_whole() -> None:
     model = CLIPSeg(TINY).eval()
     text, image, mask = model.parts()
-    (ids, words), (pixels,) = text.example(4, 0), image.example(4, 0)
+    (ids, words), (pixels,) = taken_by(text, 4, 0), taken_by(image, 4, 0)
     assert len(pixels) == pictures(4) == 2
-    index = mask.example(4, 0)[0]
+    index = taken_by(mask, 4, 0)[0]
     logits = mask.module(index, *text.module(ids, words), image.module(pixels))
     assert logits.shape == (4, 96, 96)
     assert torch.equal(logits, model(pixels, ids, words, index))

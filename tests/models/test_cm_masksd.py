@@ -28,6 +28,8 @@ from refedge.models.parts import Part, pictures
 from refedge.models.seeded import _fill
 from torch import Tensor, nn
 
+from .networks import taken_by
+
 SMALL = replace(
     TINY,
     layers=1,
@@ -58,8 +60,8 @@ def seeded(config: CMMaskSDConfig, seed: int = 3) -> CMMaskSD:
 def inputs(model: CMMaskSD, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pixels, ids, words and the number of each expression's picture."""
     text, image, mask = model.parts()
-    (pixels,), index = image.example(batch, seed), mask.example(batch, seed)[0]
-    return pixels, *text.example(batch, seed), index.long()  # type: ignore[return-value]
+    (pixels,), index = taken_by(image, batch, seed), taken_by(mask, batch, seed)[0]
+    return pixels, *taken_by(text, batch, seed), index.long()  # type: ignore[return-value]
 
 
 @cache
@@ -400,7 +402,7 @@ def require_parity(part: Part) -> onnx.ModelProto:
     require_clean(graph)
     runner = session(graph)
     for batch in (1, 4):
-        example = part.example(batch, 5)
+        example = taken_by(part, batch, 5)
         expected = part.module(*example)
         expected = expected if isinstance(expected, tuple) else (expected,)
         feeds = {p.name: v.numpy() for p, v in zip(part.inputs, example, strict=True)}

@@ -13,8 +13,11 @@ from refedge.export.lint import require_clean
 from refedge.models.deeplab import DeepLabConfig
 from refedge.models.mscan import normalise_pixels
 from refedge.models.parts import Part
-from refedge.models.step import LEVELS, PAPER, STEP, TINY, Atrous, STEPConfig, coordinates, resize
+from refedge.models.step import LEVELS, PAPER, STEP, TINY, STEPConfig
+from refedge.models.step_layers import Atrous, ConvGRU, coordinates, resize
 from torch import Tensor, nn
+
+from .networks import taken_by
 
 SMALL = replace(
     TINY,
@@ -47,7 +50,11 @@ def lively(config: STEPConfig, seed: int = 0) -> STEP:
 def inputs(model: STEP, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """pixels of (batch + 1) // 2 pictures, ids, words, image_index."""
     text, image, mask = model.parts()
-    return (*image.example(batch, seed), *text.example(batch, seed), mask.example(batch, seed)[1])
+    return (
+        *taken_by(image, batch, seed),
+        *taken_by(text, batch, seed),
+        taken_by(mask, batch, seed)[1],
+    )
 
 
 def parameters(model: nn.Module) -> int:
@@ -322,6 +329,15 @@ def test_the_atrous_convolution_sees_far() -> None:
     assert x.grad is not None
     touched = x.grad[0].abs().sum(0).nonzero().tolist()
     assert touched == [[a, b] for a in (3, 6, 9) for b in (3, 6, 9)]
+
+
+def test_what_is_missing_from_the_gru_is_zero() -> None:
+    """The first step has no state yet, and nothing to echo."""
+    gru = ConvGRU(3, 4).double()
+    x = torch.randn(2, 1, 6, 6, dtype=torch.float64)
+    filled = torch.cat((x, torch.zeros(2, 2, 6, 6, dtype=torch.float64)), 1)
+    zero = torch.zeros(2, 4, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(gru(x, None), gru(filled, zero), rtol=0, atol=1e-12)
 
 
 def session(part: Part) -> onnxruntime.InferenceSession:
