@@ -50,8 +50,6 @@ class _Group(click.Group):
     cls=_Group,
     commands=[train, convert, models],
     context_settings={"help_option_names": ["-h", "--help"]},
-    commands=[train, convert, models],
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__)
 def main() -> None:
