@@ -13,14 +13,28 @@ from refedge.errors import CheckpointError
 from refedge.models.checkpoint import load_checkpoint
 from refedge.models.convert.convert import convert
 from refedge.models.convert.weights import digest
+from refedge.models.darknet import Darknet
 from refedge.models.lavt import LAVT
 from refedge.models.lavt import TINY as LAVT_TINY
 from refedge.models.layouts import official_shapes
+from refedge.models.lts import LTS
+from refedge.models.lts import TINY as LTS_TINY
 from refedge.models.slvit import TINY, SLViT
 from refedge.models.text import bert
 
-from .test_convert_layouts import lavt_shapes, mscan_shapes, shaped
-from .weight_writer import random_like, training_checkpoint
+from .test_convert_layouts import (
+    CLIP,
+    darknet_numbers,
+    glove,
+    lavt_shapes,
+    mscan_shapes,
+    shaped,
+    tiny_clip,
+    write_darknet,
+)
+from .weight_writer import clip_archive, random_like, training_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle", "##s", "left"]
 
@@ -107,6 +121,35 @@ def test_lavt_in_two_groups(tmp_path: Path) -> None:
     assert record["seeded"] == {}
     name = "text_encoder.embeddings.LayerNorm.weight"
     assert torch.equal(loaded.model.state_dict()[name], bert_model[name.split(".", 1)[1]])
+
+
+def test_word_vectors_bring_their_words(tmp_path: Path) -> None:
+    """LTS from Darknet and GloVe: the tokenizer is the file's first words."""
+    network = LTS(LTS_TINY)
+    backbone = network.get_submodule("backbone")
+    assert isinstance(backbone, Darknet)
+    backbone.load_state_dict(random_like(backbone.state_dict(), seed=4))
+    weights = write_darknet(tmp_path / "yolov3.weights", darknet_numbers(backbone))
+    vectors = glove(tmp_path / "glove.txt", {",": 1, "The": 2, "the": 3, "red": 4}, width=48)
+    files = [("darknet", weights), ("glove", vectors)]
+    record = convert(files, tmp_path / "own", model="lts:tiny", say=quiet)
+    loaded = load_checkpoint(str(tmp_path / "own"))
+    assert loaded.card.tokenizer == "word-level"
+    assert loaded.tokenizer.encode("The RED fox").ids == [3, 4, 1]
+    assert loaded.model.state_dict()["embeddings.weight"][4, 0] == 4
+    assert record["converted"][1]["words"] == 3
+    assert {"recurrent", "locator", "head"} <= set(record["seeded"])
+    assert not {"backbone", "embeddings"} & set(record["seeded"])
+
+
+def test_clip_brings_its_towers(tmp_path: Path) -> None:
+    clip_archive(tmp_path / "ViT-B-16.pt", tiny_clip())
+    record = convert([("clip", tmp_path / "ViT-B-16.pt")], tmp_path / "own", config=CLIP, say=quiet)
+    loaded = load_checkpoint(str(tmp_path / "own"))
+    assert loaded.card.model == "cm_masksd"
+    assert loaded.model.config == CLIP
+    assert "clip" not in record["seeded"]
+    assert {"neck", "decoder", "projector"} <= set(record["seeded"])
 
 
 def refused(tmp_path: Path, *files: tuple[str, Path], **options: object) -> CheckpointError:
