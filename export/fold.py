@@ -102,13 +102,13 @@ def _scale_norm(index: GraphIndex, node: onnx.NodeProto) -> bool:
 def _norm_over_places(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """``norm(conv(x) + places)``, with a constant map, to the same sum of other constants."""
     total = index.maker.get(node.input[0]) if node.op_type == "BatchNormalization" else None
-    if total is None or total.op_type != "Add" or not _only(index, node.input[0]):
+    if total is None or total.op_type != "Add" or not only(index, node.input[0]):
         return False
     for name, places in (tuple(total.input), tuple(total.input)[::-1]):
         conv = index.maker.get(name)
-        if conv is None or conv.op_type != "Conv" or not _only(index, name):
+        if conv is None or conv.op_type != "Conv" or not only(index, name):
             continue
-        if not _own_weights(index, conv) or places not in index.tensors:
+        if not own_weights(index, conv) or places not in index.tensors:
             continue
         if len(index.tensors[places].dims) != 4 or len(index.readers[places]) != 1:
             continue
@@ -117,7 +117,7 @@ def _norm_over_places(index: GraphIndex, node: onnx.NodeProto) -> bool:
         _scale_weights(index, conv, affine.scale)
         _set(index, places, _doubles(index, places) * scale + shift)
         total.output[0] = node.output[0]
-        _replace(index, node, [])
+        replace(index, node, [])
         return True
     return False
 
