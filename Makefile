@@ -3,6 +3,7 @@
 
 PYTHON      ?= python3
 VENV        ?= .venv
+MODEL       ?= slvit-tiny
 TORCH       := 2.13.0
 # plain 2.13.0 works everywhere: pip prefers a CPU build where it sees one, and takes the large CUDA
 # build elsewhere; TORCH_INDEX=<index with CPU builds> shows it one, for this wheel alone
@@ -13,7 +14,7 @@ PIP         := $(BIN)/python -m pip install -q --no-compile
 .PHONY: demo methods test lint types tests py310 clean
 
 demo: $(VENV)/.installed
-	$(BIN)/refedge demo
+	$(BIN)/refedge demo $(MODEL)
 
 test: lint types tests py310
 

@@ -308,7 +308,7 @@ def demo(model: str, output: Path, scenes: int, rounds: int) -> None:
     from .models.checkpoint import open_model
     from .runtime.files import write_json
 
-    bundle = output / f"{model}.refedge"
+    bundle = output / f"{model.replace(':', '-')}.refedge"
     manifest = run_export(open_model(model, words()), bundle, say=_say)
     worst = max(r["end_to_end"]["sigma"] for r in manifest.parity["runs"].values())
     _say(f"parity: logits differ from torch's by at most {worst:.1e} σ")
