@@ -16,6 +16,7 @@ from .examples import host_inputs
 from .parts import HOST, Network
 
 N = TypeVar("N", bound=Network)
+_SEEN = 6  # expressions that set norms and threshold
 POSITIVE = 0.4  # share of pixels that end up above zero on the seed's own images
 
 
@@ -25,7 +26,7 @@ def seed_weights(model: N, seed: int) -> N:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         _fill(name, parameter, generator)
-    host = host_inputs(model, 2, seed)
+    host = host_inputs(model, _SEEN, seed)
     inputs = [host[name] for name in HOST]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:

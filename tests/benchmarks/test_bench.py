@@ -168,7 +168,8 @@ def test_torch_and_the_plan_compute_the_same(bundle: Path, manifest: Manifest) -
         for runner in runners:
             tokens = runner.tokenize(task.expressions[0])
             texts = (runner.text(tokens), runner.recall(tokens), runner.recall(tokens))
-            logits += [runner.mask(pixels, tokens, text) for text in texts]
+            features = runner.image(pixels)
+            logits += [runner.mask(features, tokens, text) for text in texts]
     assert torch.get_num_threads() == before
     assert all(found.shape == (96, 96) for found in logits)
     # export's parity allows 1e-3 of the logits' spread

@@ -107,7 +107,7 @@ def test_without_stored_tensors_every_dialect_is_the_same(quantized: Path, plan:
     made, model = read(quantized, plan)
     part = made.parts["mask"]
     kept = {n: s for n, s in part.activations.items() if n not in part.stored}
-    part = replace(part, activations=kept, stored=())
+    part = replace(part, activations=kept, stored=(), factors=())
     given = batch(quantized)
     found = {}
     for dialect in DIALECTS:
@@ -166,8 +166,9 @@ def test_weights_that_dialects_share(quantized: Path) -> None:
         held[dialect] = {
             t.name: numpy_helper.to_array(t).tobytes()
             for t in model.graph.initializer
-            if t.name.endswith("/int8")
+            if t.name.endswith("/int8") and not t.name.endswith("/factor/int8")
         }
+    # a constant factor of a product of two maps is an integer on ONNX Runtime alone
     assert held["ort"] == held["trt8"]
     assert weights["ort", "fp16"] == weights["ort-u8u8", "fp16"]
     assert weights["trt8", "fp16"] == weights["ort", "fp32"]

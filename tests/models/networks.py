@@ -38,15 +38,10 @@ def graphs_of(model: Network) -> dict[str, onnxruntime.InferenceSession]:
     return found
 
 
-def disagreements(model: Network, batch: int, seed: int = 3) -> dict[str, Agreement]:
-    """How far each part's graph is from torch, on what torch gave the part."""
-    return compare_parts(model, graphs_of(model), batch, seed)
-
-
 def compare_parts(
     model: Network, graphs: dict[str, onnxruntime.InferenceSession], batch: int, seed: int = 3
 ) -> dict[str, Agreement]:
-    """The same for sessions that are there already."""
+    """How far each part's graph is from torch, on what torch gave the part."""
     found = {}
     for name, (taken, given) in steps(model, host_inputs(model, batch, seed)).items():
         fed = {n: t.contiguous().numpy() for n, t in taken.items()}

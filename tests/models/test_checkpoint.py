@@ -75,7 +75,7 @@ def test_a_checkpoint_of_another_configuration(folder: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model(folder: Path) -> None:
-    card = json.loads((folder / "card.json").read_text()) | {"model": "lts"}
+    card = json.loads((folder / "card.json").read_text()) | {"model": "unet"}
     (folder / "card.json").write_text(json.dumps(card))
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(str(folder))
@@ -132,7 +132,7 @@ def test_official_weights_load_into_a_configuration(tmp_path: Path) -> None:
     ("name", "options", "code"),
     [
         ("slvit:huge", {}, "config-unknown"),
-        ("lts:tiny", {}, "config-unknown"),
+        ("unet:tiny", {}, "config-unknown"),
         ("slvit:tiny", {"size": 100}, "config-size"),
         ("slvit:tiny", {"size": 32}, "config-size"),  # one region, of which four are chosen
         ("nothing", {}, "checkpoint-missing"),

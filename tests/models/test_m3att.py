@@ -281,10 +281,9 @@ def test_only_early_fusion_mixes_text_into_the_image() -> None:
     assert [p.name for p in early.parts()[1].outputs] == ["top", "middle", "low"]
 
 
-@pytest.mark.parametrize("config", [TINY, SWIN_GRU], ids=["late", "early"])
-def test_the_same_graph_in_onnx(config: M3AttConfig) -> None:
-    """Every module at least once, on unoptimised ONNX Runtime; rounding stays far below 1e-3 σ."""
-    model = seed_weights(M3Att(config), 3)
+def test_the_same_graph_in_onnx_with_early_fusion() -> None:
+    """Unoptimised ONNX Runtime; rounding stays far below 1e-3 σ."""
+    model = seed_weights(M3Att(SWIN_GRU), 3)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     sessions = []

@@ -5,7 +5,7 @@ import pytest
 import torch
 from refedge.export.from_torch import to_onnx
 from refedge.export.lint import require_clean
-from refedge.models.parts import BATCH, Part, Port
+from refedge.models.parts import BATCH, Method, Part, Port
 from refedge.models.recurrent import KINDS, BiRecurrent, WordVectors, masked_mean
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -97,11 +97,10 @@ def test_the_exported_graph_is_plain_and_equal(kind: str) -> None:
 
     part = Part(
         "text",
-        module,
+        Method(module, module.forward),
         (Port("ids", "int32", (BATCH, STEPS)), Port("words", "bool", (BATCH, STEPS))),
         (Port("states", "float32", (BATCH, STEPS, 2 * HIDDEN)),
          Port("mean", "float32", (BATCH, 2 * HIDDEN))),
-        example,
     )  # fmt: skip
     model = to_onnx(part)
     require_clean(model)

@@ -3,16 +3,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from refedge.export.from_torch import to_onnx
-from refedge.export.lint import require_clean
 from refedge.models.deeplab import DeepLabConfig
 from refedge.models.mscan import normalise_pixels
-from refedge.models.parts import Part
 from refedge.models.step import LEVELS, PAPER, STEP, TINY, STEPConfig
 from refedge.models.step_layers import Atrous, ConvGRU, coordinates, resize
 from torch import Tensor, nn
@@ -338,35 +333,3 @@ def test_what_is_missing_from_the_gru_is_zero() -> None:
     filled = torch.cat((x, torch.zeros(2, 2, 6, 6, dtype=torch.float64)), 1)
     zero = torch.zeros(2, 4, 6, 6, dtype=torch.float64)
     torch.testing.assert_close(gru(x, None), gru(filled, zero), rtol=0, atol=1e-12)
-
-
-def session(part: Part) -> onnxruntime.InferenceSession:
-    model = to_onnx(part)
-    require_clean(model)
-    kinds = {n.op_type for n in model.graph.node}
-    assert not kinds & {"LSTM", "GRU", "Expand", "Shape", "NonZero", "ScatterND"}
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(
-        onnx.ModelProto.SerializeToString(model), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def test_parity() -> None:
-    """design: logits within 1e-3 sigma; float32 leaves more than another digit."""
-    model = lively(SMALL)
-    sessions = {part.name: session(part) for part in model.parts()}
-    for batch in (1, 4):
-        known: dict[str, np.ndarray] = {}
-        for name, tensor in zip(("pixels", "ids", "words", "image_index"),
-                                inputs(model, batch, 5), strict=True):  # fmt: skip
-            known[name] = tensor.numpy()
-        assert len(known["pixels"]) == (batch + 1) // 2
-        for part in model.parts():
-            given = {port.name: known[port.name] for port in part.inputs}
-            outputs = sessions[part.name].run(None, given)
-            known |= {port.name: o for port, o in zip(part.outputs, outputs, strict=True)}
-        with torch.no_grad():
-            wanted = model(*inputs(model, batch, 5)).numpy()
-        assert known["logits"].shape == (batch, 64, 64)
-        assert np.abs(known["logits"] - wanted).max() < 1e-4 * wanted.std()

@@ -32,10 +32,13 @@ def test_paper_sizes(name: str, millions: float, gmacs: dict[str, float]) -> Non
     assert found.cross_attention
 
 
-def test_the_verb_lists_every_configuration() -> None:
-    text = CliRunner().invoke(main, ["models"]).output
+def test_the_verb_lists_every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads(CliRunner().invoke(main, ["models", "--json"]).output)
     assert [row["name"] for row in rows] == configurations()
-    assert all(f"{row['name']}: {row['size']} px" in text for row in rows)
     shipped = {row["name"]: row["checkpoints"] for row in rows}
     assert shipped["slvit:tiny"] == ["slvit-tiny"]
+    monkeypatch.setattr("refedge.models.summary.summaries", lambda: [summary("slvit", "tiny")])
+    text = CliRunner().invoke(main, ["models"]).output
+    assert "slvit:tiny: 96 px, 0.73 M parameters" in text
+    assert "stage 3: 3 × 36 pixels × 20 words, 1 × 72" in text
+    assert "checkpoints: slvit-tiny" in text
