@@ -60,7 +60,7 @@ def test_sizes_of_the_paper() -> None:
         logits = model(pixels, ids, words)
         head = model.head(fused, fused[:, :1])
     assert [tuple(t.shape[1:]) for t in (gate, kernels, biases)] == [
-        (1024,),
+        (1024, 1, 1),
         (1, 1, 512),
         (1, 1, 1),
     ]
