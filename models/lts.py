@@ -159,6 +159,7 @@ class LTS(Network):
         "head.logit",
     )
     tokens: ClassVar[str] = "word-level"
+    config: LTSConfig
 
     @property
     def framing(self) -> Framing:
