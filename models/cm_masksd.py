@@ -82,7 +82,8 @@ class CMMaskSDConfig:
         if (self.vision is None) == (self.resnet is None):
             raise ValueError("a model has 1 visual tower: vision or resnet")
         coarsest = 32 if self.vision is None else self.vision.patch
-        if self.size % coarsest or self.stride % (self.enlarge[0] * self.enlarge[1]):
+        factor = self.enlarge[0] * self.enlarge[1]
+        if self.size < coarsest or self.size % coarsest or self.stride % factor:
             raise ValueError(f"{self.size} pixels or {self.enlarge} do not fit strides {coarsest}")
         if self.width % (4 * self.heads) or not 1 <= self.words <= self.text.positions:
             raise ValueError(f"{self.width} channels or {self.words} words do not fit")
@@ -127,12 +128,13 @@ TINY = CMMaskSDConfig(
     embed=64,
     width=64,
     layers=2,
-    heads=4,
+    heads=2,
     hidden=128,
     dropout=0.0,
     enlarge=(1, 2),
     text=ClipText(vocabulary=64, width=48, layers=2, heads=4, positions=20),
     vision=ClipVision(patch=8, width=96, layers=3, heads=4, stem="conv"),
+    distil_weight=0.2,
     distil_share=0.125,
     brackets=False,
     framing=Framing(),
