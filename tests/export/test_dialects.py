@@ -13,7 +13,6 @@ import pytest
 from onnx import numpy_helper
 from refedge.data.refshapes.dataset import RefShapes
 from refedge.export.dialects import DIALECTS, write_dialect
-from refedge.export.graph import GraphIndex
 from refedge.runtime.bundle import open_bundle
 from refedge.runtime.plan import Plan, decode_plan
 from refedge.runtime.segmenter import load
