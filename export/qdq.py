@@ -65,6 +65,7 @@ def write_qdq(
         plan = replace(plan, weights={w: s for w, s in plan.weights.items() if w in kept_weights})
     nodes += _weights(index, plan, names, renamed, unsigned_weights)
     factors = {name: renamed.pop(name) for name in plan.factors if name in renamed}
+    done: set[str] = set()  # factors that a product before has quantized
     kind: type[np.generic] = np.uint8 if unsigned_weights else np.int8
     for node in graph.node:
         if stored and node.op_type == "Relu" and {*node.input, *node.output} <= renamed.keys():
@@ -72,7 +73,9 @@ def write_qdq(
             node.attribute.append(helper.make_attribute("alpha", 0.0))
         if _multiplies(node, renamed.keys(), factors.keys()):
             factor_zero = names.add("zero_point_factor", np.asarray(kind(128 * unsigned_weights)))
-            nodes += _product(node, tensors, names, (zero_name, factor_zero))
+            steps = _product(node, tensors, names, (zero_name, factor_zero))
+            nodes += steps[1:] if node.input[1] in done else steps
+            done.add(node.input[1])
             continue
         for position, value in enumerate(node.input):
             if value in renamed:

@@ -215,7 +215,10 @@ def factorised() -> onnx.ModelProto:
             node("Reshape", ["t", "shape"], "rows"),
             node("MatMul", ["rows", "f"], "p", "ham"),
             node("Div", ["z", "z2"], "b", "ham"),
-            node("MatMul", ["rows", "b"], "q", "ham"),
+            node("MatMul", ["rows", "b"], "q0", "ham"),
+            node("MatMul", ["rows", "b"], "q1", "ham"),
+            node("Sub", ["q0", "q1"], "q2", "ham"),
+            node("Add", ["q2", "q0"], "q", "ham"),
             node("MatMul", ["b", "b"], "g", "ham"),
             node("MatMul", ["q", "g"], "h", "ham"),
             node("Add", ["p", "h"], "y", "ham"),
@@ -250,7 +253,8 @@ def test_a_product_of_integers_computes_what_its_scales_say(unsigned_weights: bo
     dialect = "ort-u8u8" if unsigned_weights else "ort"
     assert lint_qdq(written, dialect) == []
     kinds = [n.op_type for n in written.graph.node]
-    assert kinds.count("MatMulInteger") == 1
+    assert kinds.count("MatMulInteger") == 2
+    assert sum("b" in n.input for n in written.graph.node if n.op_type == "QuantizeLinear") == 1
     assert kinds.count("LeakyRelu") == 1
     rng = np.random.default_rng(0)
     feeds = {
