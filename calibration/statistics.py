@@ -39,9 +39,10 @@ class Histogram:
         top = float(magnitudes.max())
         self.largest = max(self.largest, top)
         if top > 0.0 and self.limit == 0.0:
-            # a power of two above the first value seen, so that ranges only ever double
-            self.limit = float(2.0 ** np.ceil(np.log2(top)))
-        while top > self.limit:
+            # the power of two above the first value seen, so that ranges only ever double and no
+            # value lies on the last edge, which a doubling would move
+            self.limit = float(np.ldexp(1.0, np.frexp(np.float64(top))[1]))
+        while top >= self.limit:
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = np.concatenate((merged, np.zeros(BINS // 2, np.int64)))
             self.limit *= 2.0

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from refedge.calibration import statistics
@@ -35,6 +35,7 @@ def by_numpy(values: list[np.ndarray], limit: float) -> np.ndarray:
 
 
 @given(batches)
+@example([np.float32([2.0**25]), np.float32([2.0**25 + 4])])  # the first limit, then beyond it
 @settings(max_examples=200, deadline=None)
 def test_counts_are_those_of_numpy(values: list[np.ndarray]) -> None:
     found = histogram(values)
