@@ -16,6 +16,7 @@ from ..data.items import Items, open_items
 from ..data.protocols import protocol_named
 from ..errors import DataError
 from ..export.apply import apply_plan
+from ..export.dialects import require_dialects
 from ..export.graph import GraphIndex
 from ..runtime.bundle import Bundle, open_bundle
 from ..runtime.manifest import Manifest
@@ -62,6 +63,7 @@ def quantize(
     """
     _require_one_of("plan", plan, PLANS)
     _require_one_of("rest", rest, RESTS)
+    require_dialects(dialects)  # before the minutes of calibration, not after
     bundle = open_bundle(path)
     made = (
         half_plan(bundle)

@@ -42,7 +42,7 @@ class Histogram:
             # the power of two above the first value seen, so that ranges only ever double and no
             # value lies on the last edge, which a doubling would move
             self.limit = float(np.ldexp(1.0, np.frexp(np.float64(top))[1]))
-        while top >= self.limit:
+        while 0.0 < self.limit <= top:
             merged = self.counts.reshape(-1, 2).sum(1)
             self.counts = np.concatenate((merged, np.zeros(BINS // 2, np.int64)))
             self.limit *= 2.0

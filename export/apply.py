@@ -11,12 +11,11 @@ from pathlib import Path
 
 import onnx
 
-from ..errors import ExportError
 from ..runtime.bundle import Bundle, open_bundle
 from ..runtime.manifest import DialectSpec, Manifest
 from ..runtime.plan import Plan, encode_plan, require_graph
 from .bundle import BundleWriter
-from .dialects import DIALECTS, write_dialect
+from .dialects import require_dialects, write_dialect
 from .targets import require_target
 from .weights import split_weights
 
@@ -27,14 +26,7 @@ def apply_plan(path: Path, plan: Plan, dialects: Sequence[str] = ("ort",)) -> Ma
     Raises BundleError ``plan-graph`` for a plan of another graph, ExportError ``dialect-unknown``
     for a dialect that does not exist. The bundle is replaced as a whole, or not at all.
     """
-    unknown = [d for d in dialects if d not in DIALECTS]
-    if unknown:
-        raise ExportError(
-            "dialect-unknown",
-            f"there is no dialect called {unknown[0]!r}",
-            why=f"the dialects are {', '.join(DIALECTS)}",
-            fix="choose among these",
-        )
+    require_dialects(dialects)
     bundle = open_bundle(path)
     manifest = bundle.manifest
     kept = [d for d in manifest.dialects if d.plan != plan.name]

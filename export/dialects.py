@@ -15,9 +15,11 @@ the integers. Only the ``ort`` dialects quantize ``stored`` tensors, which their
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import onnx
 
+from ..errors import ExportError
 from ..runtime.plan import PartPlan, Plan
 from .half import store_half, to_half
 from .lower import to_opset_17
@@ -26,6 +28,18 @@ from .qdq import write_qdq
 DIALECTS = ("ort", "ort-u8u8", "trt10", "trt8")
 DIALECT = "refedge.dialect"
 PLAN = "refedge.plan"
+
+
+def require_dialects(names: Iterable[str]) -> None:
+    """Raise ExportError ``dialect-unknown`` for a name that no dialect has."""
+    for name in names:
+        if name not in DIALECTS:
+            raise ExportError(
+                "dialect-unknown",
+                f"there is no dialect called {name!r}",
+                why=f"the dialects are {', '.join(DIALECTS)}",
+                fix="choose among these",
+            )
 
 
 def mark(model: onnx.ModelProto, dialect: str, plan: str) -> onnx.ModelProto:
