@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# two workers share two cores: torch with a thread per core in each would wait for itself
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parent.parent
 CALIBRATION = "refshapes:calibration"
 BUNDLES = ROOT / "build" / "test-bundles"

@@ -26,9 +26,7 @@ def models(bundle: Path) -> dict[str, onnx.ModelProto]:
     return graphs(bundle)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("slvit-tiny", None), ("slvit:tiny", 128), ("slvit:tiny", 192)]
-)
+@pytest.mark.parametrize(("name", "size"), [("slvit-tiny", None), ("slvit:tiny", 160)])
 def test_every_size_exports_with_parity(name: str, size: int | None) -> None:
     bundle = exported(name, size)
     manifest = open_bundle(bundle).manifest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnxruntime
 import torch
 from refedge.export.from_torch import to_onnx
@@ -25,13 +27,17 @@ def taken_by(part: Part, batch: int, seed: int) -> tuple[Tensor, ...]:
     return tuple(steps(model, host_inputs(model, batch, seed))[part.name][0].values())
 
 
-def graphs_of(model: Network) -> dict[str, onnxruntime.InferenceSession]:
-    """A session per part, of the linted canonical graph as it is written."""
+def graphs_of(
+    model: Network, only: Collection[str] = ()
+) -> dict[str, onnxruntime.InferenceSession]:
+    """A session per part (or some of them), of the linted canonical graph as it is written."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     found = {}
     for part in model.parts():
+        if only and part.name not in only:
+            continue
         graph = to_onnx(part)
         require_clean(graph)
         found[part.name] = onnxruntime.InferenceSession(graph.SerializeToString(), options)
@@ -41,9 +47,11 @@ def graphs_of(model: Network) -> dict[str, onnxruntime.InferenceSession]:
 def compare_parts(
     model: Network, graphs: dict[str, onnxruntime.InferenceSession], batch: int, seed: int = 3
 ) -> dict[str, Agreement]:
-    """How far each part's graph is from torch, on what torch gave the part."""
+    """How far each given part's graph is from torch, on what torch gave the part."""
     found = {}
     for name, (taken, given) in steps(model, host_inputs(model, batch, seed)).items():
+        if name not in graphs:
+            continue
         fed = {n: t.contiguous().numpy() for n, t in taken.items()}
         outputs = graphs[name].run(list(given), fed)
         wanted = {n: t.contiguous().numpy() for n, t in given.items()}

@@ -415,7 +415,7 @@ def require_parity(part: Part) -> onnx.ModelProto:
 
 def test_the_graphs_of_the_transformer() -> None:
     model = seeded(SMALL)
-    graphs = {part.name: require_parity(part) for part in model.parts()}
+    graphs = {part.name: require_parity(part) for part in model.parts() if part.name != "text"}
     names = {t.name for g in graphs.values() for t in g.graph.initializer}
     assert not [n for n in names if n.startswith("branches")]
     kinds = {name: [n.op_type for n in g.graph.node] for name, g in graphs.items()}

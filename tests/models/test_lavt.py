@@ -231,7 +231,7 @@ def test_a_rehearsal_shows_maps_and_attention() -> None:
 
 def test_padded_windows_export_without_arithmetic_on_shapes() -> None:
     model = seed_weights(LAVT(PADDED), 1)
-    graphs = graphs_of(model)
+    graphs = graphs_of(model, only=("mask",))
     for batch in (1, 4):
         for agreement in compare_parts(model, graphs, batch).values():
             assert agreement.sigma < 1e-4

@@ -3,11 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from refedge.export.from_torch import to_onnx
-from refedge.export.lint import require_clean
 from refedge.models.gated_neck import Sentence
 from refedge.models.m3att import CONFIGS, PAPER, PAPER_DARKNET, TINY, M3Att, M3AttConfig
 from refedge.models.m3att_config import DarknetConfig, GruConfig
@@ -18,7 +15,7 @@ from refedge.models.seeded import seed_weights
 from refedge.models.swin import SwinConfig
 from torch import Tensor, nn
 
-from .networks import taken_by
+from .networks import compare_parts, graphs_of, taken_by
 
 GATED = replace(TINY, early_fusion=True, skip=False)
 SMALL_SWIN = SwinConfig(width=16, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8), window=3, drop_path=0.0)
@@ -284,24 +281,11 @@ def test_only_early_fusion_mixes_text_into_the_image() -> None:
 def test_the_same_graph_in_onnx_with_early_fusion() -> None:
     """Unoptimised ONNX Runtime; rounding stays far below 1e-3 σ."""
     model = seed_weights(M3Att(SWIN_GRU), 3)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    sessions = []
-    for part in model.parts():
-        graph = to_onnx(part)
-        require_clean(graph)
-        sessions.append(onnxruntime.InferenceSession(graph.SerializeToString(), options))
+    # the recurrent text is traced in test_recurrent.py
+    graphs = graphs_of(model, only=("image", "mask"))
     for batch in (1, 4):
-        host = dict(zip(HOST, inputs(model, batch, 5), strict=True))
-        with torch.no_grad():
-            expected = model(*host.values()).numpy()
-        known = {name: value.numpy() for name, value in host.items()}
-        for part, session in zip(model.parts(), sessions, strict=True):
-            names = [port.name for port in part.outputs]
-            found = session.run(names, {port.name: known[port.name] for port in part.inputs})
-            known |= dict(zip(names, found, strict=True))
-        assert known["logits"].shape == expected.shape
-        assert np.abs(known["logits"] - expected).max() <= 1e-4 * expected.std()
+        for agreement in compare_parts(model, graphs, batch).values():
+            assert agreement.sigma < 1e-4
 
 
 def test_rescale_moves_the_logits(model: M3Att) -> None:
