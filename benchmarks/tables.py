@@ -2,16 +2,19 @@
 
     python -m refedge.benchmarks.tables
 
-prints them; a test holds the README against it.
+writes them between the README's ``<!-- table: name -->`` and ``<!-- end -->``; a test holds the
+README against the records.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
 PLANS = ("torch", "fp32", "fp16", "int8")
 
 
@@ -51,5 +54,34 @@ def _rows(name: str, speed: dict[str, Any], scores: dict[str, Any]) -> list[str]
     return rows
 
 
+def parity(results: Path = RESULTS) -> str:
+    """Torch against the canonical graph and the one that users run, at the size of the papers."""
+    lines = [
+        "| model | parameters | logits, largest difference | mask IoU | mask graph |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted(results.glob("parity-*.json")):
+        found = json.loads(path.read_bytes())
+        ends = [run["end_to_end"] for run in found["parity"]["runs"].values()]
+        cells = (
+            path.stem.removeprefix("parity-"),
+            f"{found['parameters'] / 1e6:.1f} M",
+            f"{max(end['sigma'] for end in ends):.1e} σ",
+            f"{min(end['iou'] for end in ends):.5f}",
+            f"`{found['graphs']['canonical']['mask'][:12]}…`",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"models": models, "parity": parity}
+_PLACE = re.compile(r"(?<=<!-- table: )(\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """A page with every table as the records have it."""
+    return _PLACE.sub(lambda found: f"{found[1]} -->\n{TABLES[found[1]]()}", text)
+
+
 if __name__ == "__main__":
-    print(models())
+    README.write_text(filled(README.read_text()))
