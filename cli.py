@@ -61,14 +61,14 @@ def main() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.")
 @click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors in official layout.")
-@click.option("--seed", type=int, default=0, help="For slvit:paper and slvit:tiny without weights.")
+@click.option("--seed", type=int, default=0, help="Of the weights of a configuration.")
 def export(
     model: str, output: Path | None, size: int | None, weights: Path | None, seed: int
 ) -> None:
     """Export MODEL to a bundle and measure its parity.
 
-    MODEL is a shipped checkpoint (slvit-tiny), a folder that `refedge train` wrote, or a
-    configuration (slvit:paper, slvit:tiny), whose weights are seeded unless --weights is given.
+    MODEL is a shipped checkpoint (slvit-tiny, or slvit alone), a folder that `refedge train`
+    wrote, or a configuration (slvit:paper), whose weights are seeded unless --weights is given.
     """
     from .data.refshapes.expressions import words
     from .export.export import export as run

@@ -63,8 +63,8 @@ def shipped() -> list[str]:
 
 
 def locate(name_or_path: str) -> Path:
-    """The folder of a shipped checkpoint, or of one's own."""
-    for folder in (SHIPPED / name_or_path, Path(name_or_path)):
+    """The folder of a shipped checkpoint (a family's name alone is its tiny one), or one's own."""
+    for folder in (SHIPPED / name_or_path, Path(name_or_path), SHIPPED / f"{name_or_path}-tiny"):
         if (folder / CARD).is_file():
             return folder
     raise CheckpointError(

@@ -14,6 +14,7 @@ from refedge.models.checkpoint import (
     compact,
     fit,
     load_checkpoint,
+    locate,
     open_model,
     save_checkpoint,
     shipped,
@@ -148,3 +149,14 @@ def test_another_size_keeps_the_weights(folder: Path) -> None:
     own, larger = (open_model(str(folder), words(), size=s) for s in (None, 128))
     assert larger.model.config == replace(TINY, size=128)
     assert torch.equal(own.model.classifier.conv1.weight, larger.model.classifier.conv1.weight)
+
+
+def test_a_family_alone_is_its_tiny_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate("slvit") == locate("slvit-tiny")
+    mine = tmp_path / "slvit"
+    mine.mkdir()
+    (mine / "card.json").write_text("{}")
+    assert locate("slvit") == Path("slvit")
