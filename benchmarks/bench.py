@@ -32,6 +32,7 @@ from .records import damaged, decode_result, read_result
 from .timing import (
     AT_MOST,
     CACHED,
+    PARTS,
     SEED,
     STAGES,
     UNCACHED,
@@ -297,7 +298,7 @@ def table(result: Bench) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
         speed.append(
             [
                 c.name,
-                *(f"{c.stages[stage].p50:.2f}" for stage in ("text", "mask")),
+                *(f"{c.stages[stage].p50:.2f}" for stage in PARTS),
                 *(f"{ms:.2f}" for ms in timings),
                 faster,
                 ", ".join(shaky) or "no",
@@ -313,7 +314,7 @@ def table(result: Bench) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
                 *(f"{size / 1e6:.1f}" for size in (c.peak_rss, c.file_bytes)),
             ]
         )
-    columns = ("", "text", "mask", "new p50", "p90", "p99", "cached p50", "p90", "p99")
+    columns = ("", *PARTS, "new p50", "p90", "p99", "cached p50", "p90", "p99")
     s = result.settings
     title = f"ms per expression, batch 1, {s.get('threads')} thread(s), {s.get('rounds')} rounds"
     heavy = ("", "backend", "dialect", "new /s", "cached /s", "load ms", "peak RSS MB", "file MB")

@@ -28,6 +28,7 @@ STAGES = {
     "preprocess": ("#9aa3ad", ""),
     "tokenize": ("#e69f00", "||"),
     "text": ("#56b4e9", "//"),
+    "image": ("#009e73", "\\\\"),
     "mask": ("#0072b2", ""),
     "postprocess": ("#cc79a7", "--"),
 }

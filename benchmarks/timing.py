@@ -21,7 +21,8 @@ from ..runtime.masks import to_mask
 from ..runtime.preprocess import open_photo, to_pixels
 from .contestants import Runner
 
-STAGES = ("preprocess", "tokenize", "text", "image", "mask", "postprocess")
+PARTS = ("text", "image", "mask")
+STAGES = ("preprocess", "tokenize", *PARTS, "postprocess")
 UNCACHED, CACHED = "uncached", "cached"
 SEED = 0  # index of the test scene
 
