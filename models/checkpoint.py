@@ -26,7 +26,7 @@ from .layouts import from_official
 from .own import open_own
 from .parts import Network
 from .seeded import seed_weights
-from .tokenizers import made_up
+from .tokenizers import made_up, tokenizer_in
 
 CARD = "card.json"
 WEIGHTS = "model.safetensors"
@@ -202,7 +202,8 @@ def open_model(
 ) -> Loaded:
     """A checkpoint by name or folder, a configuration such as ``slvit:paper``, or one's own.
 
-    One's own is ``FILE.py:FUNCTION``, see ``models/own.py``.
+    One's own is ``FILE.py:FUNCTION``, see ``models/own.py``; ``clipseg:FOLDER`` is a CLIPSeg that
+    transformers has saved, with its ``vocab.json`` and ``merges.txt``.
 
     words:   vocabulary for the tokenizer of a bare configuration.
     size:    pixels per side; None for the configuration's own.
@@ -212,6 +213,8 @@ def open_model(
     if kind.endswith(".py"):
         own, tokenizer, digest = open_own(name)
         return Loaded(own, tokenizer, Card(OWN, plain(own.config), digest, OWN))
+    if kind == "clipseg":
+        return _clipseg(Path(configuration), size, words)
     if not kind:
         if weights is not None:
             raise CheckpointError(
@@ -232,6 +235,18 @@ def open_model(
         seed_weights(model, seed)
     tokenizer, tokens = made_up(model.tokens, words, config.vocabulary)
     return Loaded(model, tokenizer, Card(kind, plain(config), digest, tokens))
+
+
+def _clipseg(folder: Path, size: int | None, words: Sequence[str]) -> Loaded:
+    """CLIPSeg from a folder; without a vocabulary in it, a stand-in."""
+    from .clipseg import from_folder
+
+    model = from_folder(folder) if size is None else from_folder(folder, size)
+    tokenizer, kind = tokenizer_in(folder), "clip"
+    if tokenizer is None:
+        tokenizer, kind = made_up("clip", words, model.config.vocabulary)
+    digest = hashlib.sha256(_read(folder / WEIGHTS)).hexdigest()
+    return Loaded(model, tokenizer, Card("clipseg", plain(model.config), digest, kind))
 
 
 def configuration_named(kind: str, name: str, size: int | None = None) -> Any:

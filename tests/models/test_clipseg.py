@@ -13,6 +13,7 @@ import torch
 from refedge.errors import CheckpointError
 from refedge.export.from_torch import to_onnx
 from refedge.export.lint import require_clean
+from refedge.models.checkpoint import open_model
 from refedge.models.clip import ClipText, ClipVision
 from refedge.models.clipseg import (
     PAPER,
@@ -26,7 +27,7 @@ from refedge.models.parts import pictures
 from torch import Tensor
 from transformers import CLIPSegForImageSegmentation
 
-from .networks import taken_by
+from .networks import inputs_of, taken_by
 
 EOS = 39
 SMALL = CLIPSegConfig(
@@ -167,3 +168,17 @@ def test_parts_chain_to_the_whole() -> None:
     assert torch.equal(logits, model(pixels, ids, words, index))
     masks = torch.zeros(4, 96, 96, dtype=torch.bool)
     assert torch.equal(model.rehearse(pixels, ids, words, index, masks).logits, logits)
+
+
+@torch.no_grad()
+def test_the_name_of_a_folder_opens_it(tmp_path: Path) -> None:
+    saved(tmp_path, TINY, TINY.size)
+    loaded = open_model(f"clipseg:{tmp_path}", ("the", "red", "circle"))
+    assert (loaded.card.model, len(loaded.card.sha256)) == ("clipseg", 64)
+    encoded = loaded.tokenizer.encode("the red circle")
+    assert len(encoded.ids) >= 3
+    assert max(encoded.ids) < loaded.model.config.vocabulary
+    given = inputs_of(loaded.model, 2, 0)
+    assert torch.equal(loaded.model(*given), from_folder(tmp_path)(*given))
+    with pytest.raises(CheckpointError):
+        open_model(f"clipseg:{tmp_path / 'nothing'}", ())
