@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: demo methods test lint types tests py310 clean
+.PHONY: demo methods parity test lint types tests py310 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/refedge demo $(MODEL)
@@ -52,6 +52,10 @@ methods: $(VENV)/.installed
 	  $(BIN)/refedge quantize out/methods/slvit-tiny.refedge --data refshapes:calibration --method $$m && \
 	  $(BIN)/refedge eval out/methods/slvit-tiny.refedge --limit 100 -o out/methods/$$m.json || exit 1; \
 	done
+
+# parity of every model at the size of its paper: minutes and up to 12 GB each, MODELS="lts:paper" for some
+parity: $(VENV)/.installed
+	$(BIN)/python -m refedge.benchmarks.parity $(MODELS)
 
 clean:
 	rm -rf $(VENV) $(VENV)310 .mypath build dist out *.egg-info

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 from refedge.benchmarks import scene
-from refedge.benchmarks.tables import models
+from refedge.benchmarks.parity import record
+from refedge.benchmarks.tables import README, filled, models, parity
 from refedge.runtime.bundle import open_bundle
 
 
@@ -48,3 +50,20 @@ def test_the_models_table_refuses_to_mix_artefacts(tmp_path: Path) -> None:
     scores.write_text(json.dumps({"plans": [plan(n, "b") for n in names[1:]]}))
     with pytest.raises(ValueError, match="different artefacts"):
         models(tmp_path)
+
+
+def test_a_parity_record_names_the_graphs(bundle: Path, tmp_path: Path) -> None:
+    opened = open_bundle(bundle)
+    found = record(opened.manifest, 730_442)
+    for part, digest in found["graphs"]["canonical"].items():
+        file = opened.file(opened.manifest.canonical.graphs[part])
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
+    assert set(found["graphs"]) == {"canonical", *(d.name for d in opened.manifest.dialects)}
+    (tmp_path / "parity-slvit-tiny.json").write_text(json.dumps(found))
+    row = parity(tmp_path).splitlines()[2]
+    assert row.startswith("| slvit-tiny | 0.7 M | ")
+    assert found["graphs"]["canonical"]["mask"][:12] in row
+
+
+def test_the_readme_has_the_tables_of_the_records() -> None:
+    assert filled(README.read_text()) == README.read_text()

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from refedge.benchmarks.timing import PARTS
 from refedge.cli import main
 from refedge.models.families import configurations
 from refedge.models.summary import summary
@@ -30,6 +32,10 @@ def test_paper_sizes(name: str, millions: float, gmacs: dict[str, float]) -> Non
     for part, macs in gmacs.items():
         assert found.macs[part] / 1e9 == pytest.approx(macs, rel=5e-3)
     assert found.cross_attention
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    parts = (f"{found.macs[p] / 1e9:.2f}" if p in found.macs else "-" for p in PARTS)
+    row = (f"`{name}:paper`", str(found.size), f"{found.parameters / 1e6:.2f} M", *parts)
+    assert f"| {' | '.join(row)} | " in page
 
 
 def test_the_verb_lists_every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
