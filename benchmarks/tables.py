@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+CHECKPOINTS = Path(__file__).parent.parent / "models" / "checkpoints"
 README = Path(__file__).parent.parent / "README.md"
 PLANS = ("torch", "fp32", "fp16", "int8")
 
@@ -74,7 +75,49 @@ def parity(results: Path = RESULTS) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"models": models, "parity": parity}
+def scenes(results: Path = RESULTS) -> str:
+    """Several expressions about one picture: together, and one by one."""
+    lines = [
+        "| model | plan | expressions | together ms | one by one ms | gain |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(results.glob("scene-*.json")):
+        found = json.loads(path.read_bytes())
+        for plan in found["plans"]:
+            both, each = (plan[kind]["p50"] for kind in ("together", "one_by_one"))
+            name = path.stem.removeprefix("scene-")
+            cells = (name, plan["plan"], str(found["expressions"]), f"{both:.1f}", f"{each:.1f}")
+            lines.append(f"| {' | '.join(cells)} | {each / both:.1f}× |")
+    return "\n".join(lines) + "\n"
+
+
+def checkpoints(folder: Path = CHECKPOINTS) -> str:
+    """The shipped weights, and torch's mIoU with them on the whole test split."""
+    families = ("attribute", "superlative", "extreme", "relation")
+    lines = [
+        f"| checkpoint | weights | pairs seen | {' | '.join(families)} | all | oIoU | N-acc |",
+        "|---" * (6 + len(families)) + "|",
+    ]
+    for path in sorted(folder.glob("*/card.json")):
+        card = json.loads(path.read_bytes())
+        scores = card["scores"]["refshapes:test"]
+        cells = (
+            path.parent.name,
+            f"`{card['sha256'][:12]}…`",
+            f"{card['training']['pairs']:,}",
+            *(f"{scores['families'][name]['miou']:.3f}" for name in families),
+            *(f"{scores['overall'][name]:.3f}" for name in ("miou", "oiou", "n_acc")),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "checkpoints": checkpoints,
+    "models": models,
+    "parity": parity,
+    "scenes": scenes,
+}
 _PLACE = re.compile(r"(?<=<!-- table: )(\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
 
 
