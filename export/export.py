@@ -27,6 +27,7 @@ from .bundle import BundleWriter
 from .dialects import mark
 from .from_torch import to_onnx
 from .lint import require_clean
+from .ort import for_ort
 from .parity import measure
 from .weights import split_weights
 from .words import Fold, fold_words
@@ -62,7 +63,9 @@ def export(
             writer.add(f"graphs/{name}", content)
             weights.append(f"graphs/{name}")
             canonical[part.name] = _add_graph(writer, model, part.name)
-            ort[part.name] = _add_graph(writer, mark(model, "ort", "fp32"), f"{part.name}.ort.fp32")
+            ort[part.name] = _add_graph(
+                writer, for_ort(mark(model, "ort", "fp32")), f"{part.name}.ort.fp32"
+            )
         say("measuring parity")
         parity = measure(
             loaded.model,

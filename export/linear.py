@@ -118,7 +118,7 @@ def _own_factor(index: GraphIndex, node: onnx.NodeProto) -> bool:
 
 
 # nanoseconds per element or multiply-add on one core, fitted to ONNX Runtime; ../docs/folding.md
-_MAC, _UPSAMPLE, _SUM, _CONCAT = 0.0165, 2.4, 0.3, 1.8
+_MAC, _UPSAMPLE, _SUM, _CONCAT = 0.0165, 2.0, 0.3, 1.8
 
 
 def _squeeze_first(index: GraphIndex, node: onnx.NodeProto) -> bool:

@@ -235,8 +235,9 @@ def _project(text: onnx.ModelProto, port: str, matrices: list[Any]) -> bool:
     stack = index.maker.get(turn.input[0]) if turn and turn.op_type == "Transpose" else None
     if turn is None or stack is None or attribute(turn, "perm") != [0, 1, 3, 2]:
         return False
-    lifts = [index.maker.get(name) for name in stack.input]
-    if stack.op_type != "Concat" or len(lifts) != len(matrices):
+    several = stack.op_type == "Concat"  # a stack of one is no more than an axis
+    lifts = [index.maker.get(name) for name in stack.input] if several else [stack]
+    if len(lifts) != len(matrices):
         return False
     if any(lift is None or lift.op_type != "Unsqueeze" for lift in lifts):
         return False
