@@ -23,6 +23,7 @@ import onnx
 
 from ..export.canonical import module_of
 from ..export.graph import GraphIndex, attribute
+from ..export.words import STATISTICS
 
 MOVERS = ("Transpose", "Reshape", "Resize")  # one input, values unchanged or blended
 ELEMENTWISE = ("Add", "Mul")
@@ -93,7 +94,7 @@ def is_high(node: onnx.NodeProto, modules: tuple[str, ...]) -> bool:
     """Whether a node stays in float32 in every plan, by its kind or by its module."""
     module = module_of(node)
     inside = any(module == m or module.startswith(f"{m}.") for m in modules)
-    return inside or node.op_type in HIGH
+    return inside or node.op_type in HIGH or STATISTICS in node.name
 
 
 def channel_axis(index: GraphIndex, node: onnx.NodeProto, weight: str) -> int | None:

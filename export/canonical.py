@@ -24,8 +24,8 @@ IR_VERSION = 10
 MODULE = "refedge.module"
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_MOVED = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Cast", "Identity", "Slice", "Pad")
-_FOLDED = (*_MOVED, "Add", "Conv")
+_MOVED = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Cast", "Identity", "Slice")
+_FOLDED = (*_MOVED, "Pad", "Gather", "Add", "Conv")
 
 
 def canonical(model: onnx.ModelProto, name: str) -> onnx.ModelProto:

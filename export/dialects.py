@@ -23,6 +23,7 @@ from ..errors import ExportError
 from ..runtime.plan import PartPlan, Plan
 from .half import store_half, to_half
 from .lower import to_opset_17
+from .ort import for_ort
 from .qdq import write_qdq
 
 DIALECTS = ("ort", "ort-u8u8", "trt10", "trt8")
@@ -66,4 +67,4 @@ def write_dialect(
         sidecar = json.dumps(record, indent=1).encode() + b"\n"
     elif ort and plan.rest == "fp16":
         out = store_half(out)
-    return mark(out, dialect, plan.name), sidecar
+    return mark(for_ort(out) if ort else out, dialect, plan.name), sidecar

@@ -27,15 +27,21 @@ from .bundle import BundleWriter
 from .dialects import mark
 from .from_torch import to_onnx
 from .lint import require_clean
+from .ort import for_ort
 from .parity import measure
 from .weights import split_weights
+from .words import Fold, fold_words
 
 PROFILE = (1, 1, 16)
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
 
 
-def export(loaded: Loaded, target: Path, *, say: Callable[[str], None] = print) -> Manifest:
+def export(
+    loaded: Loaded, target: Path, *, say: Callable[[str], None] = print, fold: bool = True
+) -> Manifest:
     """Trace every part, check it, measure parity, and write ``target`` (a ``.refedge`` folder).
+
+    fold: fold attention to words where it is estimated to pay; without it, graphs to compare with.
 
     Raises ExportError for a graph that breaks a rule or a parity bar; nothing is left behind.
     """
@@ -45,28 +51,35 @@ def export(loaded: Loaded, target: Path, *, say: Callable[[str], None] = print) 
         canonical: dict[str, str] = {}
         ort: dict[str, str] = {}
         weights: list[str] = []
+        models = {}
         for part in parts:
             say(f"tracing {part.name}")
-            model = to_onnx(part)
+            models[part.name] = to_onnx(part)
+        folds = fold_words(models) if fold else []
+        for part in parts:
+            model = models.pop(part.name)
             require_clean(model)
             name, content = split_weights(model)
             writer.add(f"graphs/{name}", content)
             weights.append(f"graphs/{name}")
             canonical[part.name] = _add_graph(writer, model, part.name)
-            ort[part.name] = _add_graph(writer, mark(model, "ort", "fp32"), f"{part.name}.ort.fp32")
+            ort[part.name] = _add_graph(
+                writer, for_ort(mark(model, "ort", "fp32")), f"{part.name}.ort.fp32"
+            )
         say("measuring parity")
         parity = measure(
             loaded.model,
             specs,
             {name: writer.folder / file for name, file in canonical.items()},
             {"ort fp32": {name: writer.folder / file for name, file in ort.items()}},
+            moved={f.moved for f in folds} - {""},
         )
         writer.add("tokenizer.json", loaded.tokenizer.to_str(pretty=True).encode())
         dialects = (
             DialectSpec("canonical", "fp32", canonical, tuple(weights)),
             DialectSpec("ort", "fp32", ort, tuple(weights)),
         )
-        return writer.commit(_manifest(loaded, specs, dialects, parity))
+        return writer.commit(_manifest(loaded, specs, dialects, parity, folds))
 
 
 def _add_graph(writer: BundleWriter, model: onnx.ModelProto, stem: str) -> str:
@@ -80,6 +93,7 @@ def _manifest(
     specs: tuple[PartSpec, ...],
     dialects: tuple[DialectSpec, ...],
     parity: dict[str, Any],
+    folds: list[Fold],
 ) -> Manifest:
     config, framing = loaded.model.config, loaded.model.framing
     rule = rules(loaded.tokenizer)
@@ -114,6 +128,7 @@ def _manifest(
             "packages": {name: version(name) for name in ("refedge", *_PACKAGES)},
         },
         parity=parity,
+        folding=tuple(f.record() for f in folds),
     )
 
 

@@ -7,7 +7,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,13 @@ def measure(
     canonical: Mapping[str, Path],
     dialects: Mapping[str, Mapping[str, Path]],
     seed: int = 0,
+    moved: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """Parity of every part and of the whole, at every batch size; a record for the manifest.
 
-    canonical, dialects: graph files by part name. Raises ExportError where a bar is missed.
+    canonical, dialects: graph files by part name. moved: tensors between parts that carry something
+    else than torch's, because the graphs were folded; a part that reads one gets the graphs' own.
+    Raises ExportError where a bar is missed.
     """
     runners = {"canonical": _Plain(canonical, specs)}
     runners |= {
@@ -87,10 +90,12 @@ def measure(
         }
         inputs = _arrays(host)
         for name, runner in runners.items():
-            row = {
-                part: asdict(compare(given, runner.run(part, taken)))
-                for part, (taken, given) in ran.items()
-            }
+            row, own = {}, dict[str, Any]()
+            for part, (taken, given) in ran.items():
+                found = runner.run(part, {n: own.get(n, value) for n, value in taken.items()})
+                own |= {n: value for n, value in found.items() if n in moved}
+                same = {n: value for n, value in given.items() if n not in moved}
+                row[part] = asdict(compare(same, found))
             whole = compare(ran["mask"][1], runner.chain(specs, inputs))
             row["end_to_end"] = asdict(whole)
             record["runs"][f"{name}, batch {batch}"] = row

@@ -124,6 +124,7 @@ class Manifest:
     canonical: the graphs that every dialect is made from.
     high:  torch modules whose nodes stay in float32 in every plan.
     plans: precision plan to its file; ``fp32`` needs none.
+    folding: what became of each block of attention to words: folded or left, and why.
     """
 
     model: str
@@ -140,6 +141,7 @@ class Manifest:
     files: dict[str, FileSpec]
     provenance: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
+    folding: tuple[dict[str, Any], ...] = ()
     accuracy: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
     digest: str = _BLANK

@@ -111,3 +111,83 @@ def test_a_constant_factor_is_a_matrix_of_its_own() -> None:
     product = next(n for n in index.nodes if n.op_type == "MatMul")
     assert index.constant(product.input[1]).shape == (4, 3)
     assert "f" in index.tensors  # for its other reader
+
+
+SIDES = {"a": 8, "b": 4, "c": 2}  # of maps that are brought to the size of the first
+WIDTHS = {"a": 3, "b": 6, "c": 5}
+
+
+def pyramid(bias: bool, large: tuple[str, ...] = ("a",), mode: str = "linear") -> onnx.ModelProto:
+    """A 1x1 convolution of three maps at the size of the largest, as a decoder begins."""
+    rng = np.random.default_rng(0)
+    names = [n for n in "abc" if n in (*large, "b", "c")]
+    width = sum(WIDTHS[n] for n in names)
+    weights = {
+        "w": rng.normal(size=(2, width, 1, 1)).astype(np.float32),
+        **{f"scales_{n}": np.float32([1, 1, 8 / SIDES[n], 8 / SIDES[n]]) for n in "bc"},
+    }
+    if bias:
+        weights["v"] = rng.normal(size=2).astype(np.float32)
+    ups = [
+        node("Resize", [n, "", f"scales_{n}"], f"up_{n}", mode=mode,
+             coordinate_transformation_mode="half_pixel")
+        for n in "bc"
+    ]  # fmt: skip
+    merged = ["up_c", *(n for n in large), "up_b"]
+    conv = node("Conv", ["m", "w", *(["v"] if bias else [])], "o", "squeeze")
+    return small(
+        [*ups, node("Concat", merged, "m", axis=1), conv, node("Relu", ["o"], "y")],
+        {n: ("batch", WIDTHS[n], SIDES[n], SIDES[n]) for n in names},
+        ["y"],
+        weights,
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("large", [("a",), ()], ids=["with the largest", "upsampled alone"])
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+def test_a_convolution_comes_before_the_upsampling(
+    bias: bool, large: tuple[str, ...], mode: str
+) -> None:
+    model = pyramid(bias, large, mode)
+    rng = np.random.default_rng(1)
+    x = {
+        v.name: rng.normal(size=(2, WIDTHS[v.name], SIDES[v.name], SIDES[v.name])).astype(
+            np.float32
+        )
+        for v in model.graph.input
+    }
+    found, before = run(model, x)["y"], work(model)
+    reorder(model)
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_allclose(run(model, x)["y"], found, rtol=1e-4, atol=1e-5)
+    kept = 2 * WIDTHS["a"] * 64 if large else 0
+    assert work(model) == kept + 2 * (WIDTHS["b"] * 16 + WIDTHS["c"] * 4) < before
+    index = GraphIndex(model)
+    assert all(
+        index.maker[n.input[0]].op_type == "Conv" for n in index.nodes if n.op_type == "Resize"
+    )
+    made = {o for n in index.nodes for o in n.output} - index.outputs
+    assert {v.name for v in model.graph.value_info} >= made
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    for name in made:
+        assert GraphIndex(inferred).shape(name) == index.shape(name)
+
+
+def test_few_channels_are_upsampled_first() -> None:
+    """To 200 channels from 3: upsampling them all would cost more than the multiplications."""
+    rng = np.random.default_rng(0)
+    model = small(
+        [
+            node("Resize", ["x", "", "scales"], "u", mode="linear"),
+            node("Conv", ["u", "w"], "y"),
+        ],
+        {"x": ("batch", 3, 4, 4)},
+        ["y"],
+        {
+            "scales": np.float32([1, 1, 2, 2]),
+            "w": rng.normal(size=(200, 3, 1, 1)).astype(np.float32),
+        },
+    )
+    before = model.SerializeToString(deterministic=True)
+    assert reorder(model).SerializeToString(deterministic=True) == before
