@@ -102,10 +102,10 @@ def _cuts(path: Path, prefixes: Iterable[str], known: Arrays) -> dict[str, _Cut]
             [values[o] for o in outputs],
             [constants[i] for i in reads if i in constants],
         )
-        cut = onnx.helper.make_model(
+        alone = onnx.helper.make_model(
             graph, opset_imports=model.opset_import, ir_version=model.ir_version
         )
-        cuts[prefix] = _Cut(inputs, outputs, _session(cut.SerializeToString()), {})
+        cuts[prefix] = _Cut(inputs, outputs, _session(alone.SerializeToString()), {})
     host = {i.name: known[i.name] for i in model.graph.input}
     tapped = sorted({i for cut in cuts.values() for i in cut.inputs} - host.keys())
     model.graph.output.extend(values[i] for i in tapped)
