@@ -62,8 +62,14 @@ def main() -> None:
 @click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors in official layout.")
 @click.option("--seed", type=int, default=0, help="Of the weights of a configuration.")
+@click.option("--fold/--no-fold", default=True, help="Fold attention to words where it pays.")
 def export(
-    model: str, output: Path | None, size: int | None, weights: Path | None, seed: int
+    model: str,
+    output: Path | None,
+    size: int | None,
+    weights: Path | None,
+    seed: int,
+    fold: bool,
 ) -> None:
     """Export MODEL to a bundle and measure its parity.
 
@@ -76,7 +82,10 @@ def export(
 
     loaded = open_model(model, words(), size=size, weights=weights, seed=seed)
     target = output or Path(f"{Path(model.replace(':', '-')).name}.refedge")
-    manifest = run(loaded, target, say=_say)
+    manifest = run(loaded, target, say=_say, fold=fold)
+    if manifest.folding:
+        done = sum(f["folded"] for f in manifest.folding)
+        _say(f"folded {done} of {len(manifest.folding)} blocks of attention to words")
     rows = [
         [run, f"{r['end_to_end']['sigma']:.1e}", f"{r['end_to_end']['iou']:.5f}"]
         for run, r in manifest.parity["runs"].items()

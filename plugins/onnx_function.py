@@ -1,0 +1,131 @@
+"""The fused operators as ONNX functions of one dtype each: what a runtime without a plugin runs.
+
+Domain ``refedge``; the name says the dtype, ``NormAttention_float16``, because a function that
+casts like its input is one that TensorRT's parser does not take. Softmax, mean, covariance and the
+centring compute in float32 whatever the dtype; rounding comes after ``P - mean(P)``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import onnx
+from onnx import parser
+
+DOMAIN = "refedge"
+OPSET = 20
+Dtype = Literal["float32", "float16"]
+_MASKED = "-10000.0"
+
+_CROSS = """
+CrossAttention_{dtype} (x, keys, values, words) => (y) {{
+  heads = Constant <value_ints = [1]> ()
+  middle = Constant <value_ints = [1, 2]> ()
+  wide = Unsqueeze (x, heads)
+  scores = MatMul (wide, keys)
+  scores_f = {up} (scores)
+  valid = Unsqueeze (words, middle)
+  masked = Constant <value = float {{{masked}}}> ()
+  only = Where (valid, scores_f, masked)
+  weights_f = Softmax <axis = 3> (only)
+  weights = {down} (weights_f)
+  each = MatMul (weights, values)
+  y = ReduceSum <keepdims = 0> (each, heads)
+}}"""
+
+_NORM = """
+NormAttention_{dtype} <epsilon: float = 1e-5> (query, keys, values, words, first, second)
+    => (y, relevance) {{
+  last = Constant <value_ints = [2]> ()
+  over = Constant <value_ints = [1]> ()
+  scores = MatMul (keys, query)
+  scores_f = {up} (scores)
+  valid = Unsqueeze (words, last)
+  masked = Constant <value = float {{{masked}}}> ()
+  only = Where (valid, scores_f, masked)
+  weights = Softmax <axis = 1> (only)
+  relevance = ReduceMax <keepdims = 0> (weights, over)
+  mean = ReduceMean (weights, last)
+  centred = Sub (weights, mean)
+  turned = Transpose <perm = [0, 2, 1]> (centred)
+  sums = MatMul (centred, turned)
+  size = Shape <start = 2> (weights)
+  pixels = Cast <to = 1> (size)
+  covariance = Div (sums, pixels)
+  values_f = {up} (values)
+  shared = MatMul (values_f, mean)
+  shifted = Sub (values_f, shared)
+  spread = MatMul (shifted, covariance)
+  squares = Mul (spread, shifted)
+  variance = ReduceSum (squares, last)
+  positive = Relu (variance)
+  small = Constant <value_float: float = @epsilon> ()
+  safe = Add (positive, small)
+  deviation = Sqrt (safe)
+  columns_f = Div (shifted, deviation)
+  columns = {down} (columns_f)
+  rounded = {down} (centred)
+  found = MatMul (columns, rounded)
+  thin = MatMul (first, columns)
+  opened = MatMul (thin, rounded)
+  rectified = Relu (opened)
+  gate = MatMul (second, rectified)
+  open = Tanh (gate)
+  y = Mul (open, found)
+}}"""
+
+_MUTUAL = """
+MutualAttention_{dtype} (keys, values, words, seen_keys, seen_values) => (y, told) {{
+  heads = Constant <value_ints = [1]> ()
+  sides = Constant <value_ints = [1, 3]> ()
+  flat = Constant <value_ints = [0, -1, 0]> ()
+  scores = MatMul (keys, seen_keys)
+  scores_f = {up} (scores)
+  by_pixel_f = Softmax <axis = 3> (scores_f)
+  by_pixel = {down} (by_pixel_f)
+  seen = MatMul (by_pixel, seen_values)
+  valid = Unsqueeze (words, sides)
+  masked = Constant <value = float {{{masked}}}> ()
+  only = Where (valid, scores_f, masked)
+  by_word_f = Softmax <axis = 2> (only)
+  told = ReduceMean <keepdims = 0> (by_word_f, heads)
+  by_word = {down} (by_word_f)
+  turned = Transpose <perm = [0, 1, 3, 2]> (values)
+  pairs_raw = MatMul (seen, turned)
+  pairs_f = {up} (pairs_raw)
+  nothing = Constant <value = float {{0.0}}> ()
+  pairs_valid = Where (valid, pairs_f, nothing)
+  shape = Shape <start = 1> (values)
+  head_count = Gather <axis = 0> (shape, first_place)
+  depth = Gather <axis = 0> (shape, last_place)
+  widths = Mul (head_count, depth)
+  widths_f = Cast <to = 1> (widths)
+  root = Sqrt (widths_f)
+  shared_f = Div (pairs_valid, root)
+  shared = {down} (shared_f)
+  each = MatMul (shared, by_word)
+  y = ReduceSum <keepdims = 0> (each, heads)
+}}"""
+_MUTUAL = _MUTUAL.replace(
+    "  shape = Shape",
+    "  first_place = Constant <value_int = 0> ()\n  last_place = Constant <value_int = 2> ()\n"
+    "  shape = Shape",
+)
+_BODIES = {"CrossAttention": _CROSS, "NormAttention": _NORM, "MutualAttention": _MUTUAL}
+
+
+def function(operator: str, dtype: Dtype = "float32") -> onnx.FunctionProto:
+    """The function of an operator: ``CrossAttention``, ``NormAttention``, ``MutualAttention``."""
+    up, down = (
+        ("Identity", "Identity") if dtype == "float32" else ("Cast <to = 1>", "Cast <to = 10>")
+    )
+    body = _BODIES[operator].format(dtype=dtype, up=up, down=down, masked=_MASKED)
+    head = f'<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">'
+    return parser.parse_function(head + body)
+
+
+def node(
+    operator: str, inputs: list[str], outputs: list[str], dtype: Dtype = "float32", name: str = ""
+) -> onnx.NodeProto:
+    """A call of the function; the model needs it among its functions, and the domain imported."""
+    return onnx.helper.make_node(f"{operator}_{dtype}", inputs, outputs, name, domain=DOMAIN)
