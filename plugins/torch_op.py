@@ -94,5 +94,5 @@ def _shapes(operator: str, inputs: tuple[Tensor, ...]) -> list[list[int | torch.
         return [[*first.shape[:2], values.shape[3]]]
     if operator == "NormAttention":
         return [[*first.shape], [first.shape[0], first.shape[2]]]
-    product = [first.shape[0], first.shape[2], inputs[3].shape[3]]
+    product: list[int | torch.SymInt] = [first.shape[0], first.shape[2], inputs[3].shape[3]]
     return [product, product]
