@@ -53,9 +53,15 @@ methods: $(VENV)/.installed
 	  $(BIN)/refedge eval out/methods/slvit-tiny.refedge --limit 100 -o out/methods/$$m.json || exit 1; \
 	done
 
-# parity of every model at the size of its paper: minutes and up to 12 GB each, MODELS="lts:paper" for some
+# parity of every model at the size of its paper: minutes and up to 12 GB each
+FAMILIES ?= slvit lts m3att cm_masksd step lavt
 parity: $(VENV)/.installed
-	$(BIN)/python -m refedge.benchmarks.parity $(MODELS)
+	mkdir -p out/parity
+	for f in $(FAMILIES); do \
+	  $(BIN)/refedge export $$f:paper -o out/parity/$$f-paper.refedge && \
+	  $(BIN)/python -m refedge.benchmarks.parity out/parity/$$f-paper.refedge && \
+	  rm -r out/parity/$$f-paper.refedge || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(VENV)310 .mypath build dist out *.egg-info

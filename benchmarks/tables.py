@@ -58,15 +58,14 @@ def _rows(name: str, speed: dict[str, Any], scores: dict[str, Any]) -> list[str]
 def parity(results: Path = RESULTS) -> str:
     """Torch against the canonical graph and the one that users run, at the size of the papers."""
     lines = [
-        "| model | parameters | logits, largest difference | mask IoU | mask graph |",
-        "|---|---|---|---|---|",
+        "| model | logits, largest difference | mask IoU | mask graph |",
+        "|---|---|---|---|",
     ]
     for path in sorted(results.glob("parity-*.json")):
         found = json.loads(path.read_bytes())
         ends = [run["end_to_end"] for run in found["parity"]["runs"].values()]
         cells = (
             path.stem.removeprefix("parity-"),
-            f"{found['parameters'] / 1e6:.1f} M",
             f"{max(end['sigma'] for end in ends):.1e} σ",
             f"{min(end['iou'] for end in ends):.5f}",
             f"`{found['graphs']['canonical']['mask'][:12]}…`",
