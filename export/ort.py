@@ -32,7 +32,7 @@ def _floor_scores(index: GraphIndex, node: onnx.NodeProto) -> bool:
     axis, out = int(str(attribute(node, "axis", -1))), node.output[0]
     reduced = [1 if i == axis % len(shape) else n for i, n in enumerate(shape)][1:]
     axes = add(index, f"{out}/axis", np.array([axis], np.int64))
-    floor = add(index, f"{out}/floor", np.float32([_FLOOR]).reshape(()))
+    floor = add(index, f"{out}/floor", np.array(_FLOOR, np.float32))
     made = []
     for kind, inputs, name in (
         ("ReduceMax", [node.input[0], axes], "largest"),
