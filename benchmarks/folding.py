@@ -107,12 +107,12 @@ def _cuts(path: Path, prefixes: Iterable[str], known: Arrays) -> dict[str, _Cut]
         )
         cuts[prefix] = _Cut(inputs, outputs, _session(alone.SerializeToString()), {})
     host = {i.name: known[i.name] for i in model.graph.input}
-    tapped = sorted({i for cut in cuts.values() for i in cut.inputs} - host.keys())
+    tapped = sorted({i for block in cuts.values() for i in block.inputs} - host.keys())
     model.graph.output.extend(values[i] for i in tapped)
     found = _session(model.SerializeToString())(tapped, host) if tapped else []
     whole = host | dict(zip(tapped, found, strict=True))
-    for cut in cuts.values():
-        cut.feeds = {i: whole[i] for i in cut.inputs}
+    for block in cuts.values():
+        block.feeds = {i: whole[i] for i in block.inputs}
     return cuts
 
 

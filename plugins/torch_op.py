@@ -88,7 +88,7 @@ def apply(operator: str, *inputs: Tensor) -> Any:
     return found[0] if len(shapes) == 1 else tuple(found)
 
 
-def _shapes(operator: str, inputs: tuple[Tensor, ...]) -> list[list[int | torch.SymInt]]:
+def _shapes(operator: str, inputs: tuple[Tensor, ...]) -> list[list[Any]]:
     first, values = inputs[0], inputs[2 if operator != "MutualAttention" else 1]
     if operator == "CrossAttention":
         return [[*first.shape[:2], values.shape[3]]]
