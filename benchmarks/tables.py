@@ -55,6 +55,29 @@ def _rows(name: str, speed: dict[str, Any], scores: dict[str, Any]) -> list[str]
     return rows
 
 
+def plans(results: Path = RESULTS) -> str:
+    """What each plan costs in accuracy, beside fp32 on the same expressions."""
+    lines = [
+        "| model | plan | mIoU | change, paired 95 % | agreement | worst 5 % | flips | mask graph |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(results.glob("eval-*-tiny.json")):
+        for plan in json.loads(path.read_bytes())["plans"]:
+            cells = [path.stem.removeprefix("eval-"), plan["plan"]]
+            cells.append(f"{plan['overall']['miou']:.4f}")
+            change, agreement = plan["miou_change"], plan["agreement"]
+            if agreement is None:
+                cells += ["-"] * 4
+            else:
+                cells.append(
+                    f"{change['mean']:+.4f} ({change['low']:+.4f} … {change['high']:+.4f})"
+                )
+                cells += [f"{agreement['mean']:.4f}", f"{agreement['worst5']:.3f}"]
+                cells.append(f"{100 * agreement['flips']:.1f} %")
+            lines.append(f"| {' | '.join(cells)} | `{plan['artefacts']['mask'][:12]}…` |")
+    return "\n".join(lines) + "\n"
+
+
 def parity(results: Path = RESULTS) -> str:
     """Torch against the canonical graph and the one that users run, at the size of the papers."""
     lines = [
@@ -115,6 +138,7 @@ TABLES = {
     "checkpoints": checkpoints,
     "models": models,
     "parity": parity,
+    "plans": plans,
     "scenes": scenes,
 }
 _PLACE = re.compile(r"(?<=<!-- table: )(\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
