@@ -58,7 +58,7 @@ def _rows(name: str, speed: dict[str, Any], scores: dict[str, Any]) -> list[str]
 def plans(results: Path = RESULTS) -> str:
     """What each plan costs in accuracy, beside fp32 on the same expressions."""
     lines = [
-        "| model | plan | mIoU | change, paired 95 % | agreement | worst 5 % | flips | mask graph |",
+        "| model | plan | mIoU | change, paired 95 % | agreement | worst 5 % | flips | graph |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(results.glob("eval-*-tiny.json")):
