@@ -49,7 +49,6 @@ def test_what_is_shipped_is_small_and_loads() -> None:
     for name in shipped():
         assert (SHIPPED / name / "model.safetensors").stat().st_size <= 3_000_000
         loaded = load_checkpoint(name)
-        assert sum(p.numel() for p in loaded.model.parameters()) <= 800_000
         assert {"recipe", "pairs", "curve"} <= set(loaded.card.training)
         assert {"refshapes:test"} <= set(loaded.card.scores)
 
