@@ -113,6 +113,13 @@ def scenes(results: Path = RESULTS) -> str:
     return "\n".join(lines) + "\n"
 
 
+def demo(results: Path = RESULTS) -> str:
+    """What ``make demo`` printed."""
+    found = json.loads((results / "demo.json").read_bytes())
+    rows = [found["header"], ["---"] * len(found["header"]), *found["rows"]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
 def checkpoints(folder: Path = CHECKPOINTS) -> str:
     """The shipped weights, and torch's mIoU with them on the whole test split."""
     families = ("attribute", "superlative", "extreme", "relation")
@@ -136,6 +143,7 @@ def checkpoints(folder: Path = CHECKPOINTS) -> str:
 
 TABLES = {
     "checkpoints": checkpoints,
+    "demo": demo,
     "models": models,
     "parity": parity,
     "plans": plans,
