@@ -57,11 +57,12 @@ methods: $(VENV)/.installed
 FAMILIES ?= slvit lts m3att cm_masksd step lavt
 parity: $(VENV)/.installed
 	mkdir -p out/parity
-	for f in $(FAMILIES); do \
-	  $(BIN)/refedge export $$f:paper -o out/parity/$$f-paper.refedge && \
-	  $(BIN)/python -m refedge.benchmarks.parity out/parity/$$f-paper.refedge && \
-	  rm -r out/parity/$$f-paper.refedge || exit 1; \
-	done
+	failed=; for f in $(FAMILIES); do \
+	  { $(BIN)/refedge export $$f:paper -o out/parity/$$f-paper.refedge && \
+	    $(BIN)/python -m refedge.benchmarks.parity out/parity/$$f-paper.refedge; } || \
+	    failed="$$failed $$f"; \
+	  rm -rf out/parity/$$f-paper.refedge; \
+	done; test -z "$$failed" || { echo "no parity:$$failed"; exit 1; }
 
 clean:
 	rm -rf $(VENV) $(VENV)310 .mypath build dist out *.egg-info

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from ..runtime.bundle import Bundle, open_bundle
+from ..runtime.files import write_json
 from ..runtime.preprocess import open_photo, to_pixels
 from ..runtime.tokenizer import ExpressionTokenizer
 from .device import describe
@@ -236,7 +236,7 @@ def _total(blocks: list[dict[str, Any]]) -> dict[str, Any]:
 def main(before: Path, after: Path, output: Path, plan: str, rounds: int) -> None:
     """Compare two bundles of one model."""
     record = measure(before, after, plan, rounds)
-    output.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    write_json(record, output)
     rows = {part: row["after"] for part, row in record["parts"].items()}
     for name, clocks in {**rows, "branch": record["branch"]}.items():
         found = ", ".join(f"{clock} {row['speedup']:.2f}" for clock, row in clocks.items())

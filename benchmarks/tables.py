@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from .timing import CACHED, PARTS, UNCACHED
 
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = Path(__file__).parent.parent / "models" / "checkpoints"
@@ -19,126 +22,121 @@ README = Path(__file__).parent.parent / "README.md"
 PLANS = ("torch", "fp32", "fp16", "int8")
 
 
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = (header, ["---"] * len(header), *rows)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _records(pattern: str, results: Path) -> Iterator[tuple[str, Any]]:
+    """Name and contents of each record, such as ``bench-*-tiny.json``."""
+    for path in sorted(results.glob(pattern)):
+        yield path.stem.partition("-")[2], json.loads(path.read_bytes())
+
+
+def _ms(timing: dict[str, Any]) -> str:
+    """The median; marked where the run called itself unstable."""
+    return f"{timing['p50']:.1f}{' ~' if timing['unstable'] else ''}"
+
+
 def models(results: Path = RESULTS) -> str:
     """Model by plan: accuracy on the test split, and time per part, of the same artefacts."""
-    lines = [
-        "| model | plan | mIoU | agreement | text ms | image ms | mask ms | new | cached |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for path in sorted(results.glob("bench-*-tiny.json")):
-        name = path.stem.removeprefix("bench-")
-        speed = json.loads(path.read_bytes())
+    parts = (f"{part} ms" for part in PARTS)
+    rows: list[list[str]] = []
+    for name, speed in _records("bench-*-tiny.json", results):
         scores = json.loads((results / f"eval-{name}.json").read_bytes())
-        lines += _rows(name, speed, scores)
-    return "\n".join(lines) + "\n"
+        rows += _rows(name, speed, scores)
+    return _table(("model", "plan", "mIoU", "agreement", *parts, "new", "cached"), rows)
 
 
-def _rows(name: str, speed: dict[str, Any], scores: dict[str, Any]) -> list[str]:
+def _rows(name: str, speed: dict[str, Any], scores: dict[str, Any]) -> list[list[str]]:
     accuracy = {p["plan"]: p for p in scores["plans"]}
     contestants = {c["name"]: c for c in speed["contestants"]}
+    has = contestants["fp32"]["artefacts"]  # parts, by name
     rows = []
     for plan in PLANS:
         timed, scored = contestants[plan], accuracy.get(plan)
         if scored is not None and scored["artefacts"] != timed["artefacts"]:
             raise ValueError(f"{name}, {plan}: speed and accuracy are of different artefacts")
         agreement = None if scored is None else scored["agreement"]
-        stages = {n: timed["stages"][n]["p50"] for n in ("text", "image", "mask")}
         cells = [
             name if plan == PLANS[0] else "",
             plan,
             "-" if scored is None else f"{scored['overall']['miou']:.3f}",
             "-" if agreement is None else f"{agreement['mean']:.4f}",
-            *(f"{ms:.2f}" if ms > 0.01 else "-" for ms in stages.values()),
-            *(f"{timed['end_to_end'][k]['p50']:.1f}" for k in ("uncached", "cached")),
+            *(f"{timed['stages'][n]['p50']:.2f}" if n in has else "-" for n in PARTS),
+            *(_ms(timed["end_to_end"][k]) for k in (UNCACHED, CACHED)),
         ]
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     return rows
 
 
 def plans(results: Path = RESULTS) -> str:
     """What each plan costs in accuracy, beside fp32 on the same expressions."""
-    lines = [
-        "| model | plan | mIoU | change, paired 95 % | agreement | worst 5 % | flips | graph |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for path in sorted(results.glob("eval-*-tiny.json")):
-        for plan in json.loads(path.read_bytes())["plans"]:
-            cells = [path.stem.removeprefix("eval-"), plan["plan"]]
-            cells.append(f"{plan['overall']['miou']:.4f}")
+    rows = []
+    for name, scores in _records("eval-*-tiny.json", results):
+        for plan in scores["plans"]:
             change, agreement = plan["miou_change"], plan["agreement"]
-            if agreement is None:
-                cells += ["-"] * 4
-            else:
-                cells.append(
-                    f"{change['mean']:+.4f} ({change['low']:+.4f} … {change['high']:+.4f})"
-                )
-                cells += [f"{agreement['mean']:.4f}", f"{agreement['worst5']:.3f}"]
-                cells.append(f"{100 * agreement['flips']:.1f} %")
-            lines.append(f"| {' | '.join(cells)} | `{plan['artefacts']['mask'][:12]}…` |")
-    return "\n".join(lines) + "\n"
+            cost = ["-"] * 4
+            if agreement is not None:
+                low, high = change["low"], change["high"]
+                cost = [
+                    f"{change['mean']:+.4f} ({low:+.4f} … {high:+.4f})",
+                    f"{agreement['mean']:.4f}",
+                    f"{agreement['worst5']:.3f}",
+                    f"{100 * agreement['flips']:.1f} %",
+                ]
+            miou = f"{plan['overall']['miou']:.4f}"
+            rows.append([name, plan["plan"], miou, *cost, _short(plan["artefacts"]["mask"])])
+    change_and_rest = ("change, paired 95 %", "agreement", "worst 5 %", "flips", "mask graph")
+    return _table(("model", "plan", "mIoU", *change_and_rest), rows)
+
+
+def _short(digest: str) -> str:
+    return f"`{digest[:12]}…`"
 
 
 def parity(results: Path = RESULTS) -> str:
-    """Torch against the canonical graph and the one that users run, at the size of the papers."""
-    lines = [
-        "| model | logits, largest difference | mask IoU | mask graph |",
-        "|---|---|---|---|",
-    ]
-    for path in sorted(results.glob("parity-*.json")):
-        found = json.loads(path.read_bytes())
+    """Torch against the canonical graph and the one that users run."""
+    rows = []
+    for name, found in _records("parity-*.json", results):
         ends = [run["end_to_end"] for run in found["parity"]["runs"].values()]
-        cells = (
-            path.stem.removeprefix("parity-"),
-            f"{max(end['sigma'] for end in ends):.1e} σ",
-            f"{min(end['iou'] for end in ends):.5f}",
-            f"`{found['graphs']['canonical']['mask'][:12]}…`",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        sigma, iou = max(end["sigma"] for end in ends), min(end["iou"] for end in ends)
+        graph = _short(found["graphs"]["canonical"]["mask"])
+        rows.append([name, f"{sigma:.1e} σ", f"{iou:.5f}", graph])
+    return _table(("model", "logits, largest difference", "mask IoU", "canonical mask graph"), rows)
 
 
 def scenes(results: Path = RESULTS) -> str:
     """Several expressions about one picture: together, and one by one."""
-    lines = [
-        "| model | plan | expressions | together ms | one by one ms | gain |",
-        "|---|---|---|---|---|---|",
-    ]
-    for path in sorted(results.glob("scene-*.json")):
-        found = json.loads(path.read_bytes())
+    rows = []
+    for name, found in _records("scene-*.json", results):
         for plan in found["plans"]:
-            both, each = (plan[kind]["p50"] for kind in ("together", "one_by_one"))
-            name = path.stem.removeprefix("scene-")
-            cells = (name, plan["plan"], str(found["expressions"]), f"{both:.1f}", f"{each:.1f}")
-            lines.append(f"| {' | '.join(cells)} | {each / both:.1f}× |")
-    return "\n".join(lines) + "\n"
+            both, each = plan["together"], plan["one_by_one"]
+            gain = f"{each['p50'] / both['p50']:.1f}×"
+            rows.append([name, plan["plan"], str(found["expressions"]), _ms(both), _ms(each), gain])
+    header = ("model", "plan", "expressions", "together ms", "one by one ms", "gain")
+    return _table(header, rows)
 
 
 def demo(results: Path = RESULTS) -> str:
     """What ``make demo`` printed."""
     found = json.loads((results / "demo.json").read_bytes())
-    rows = [found["header"], ["---"] * len(found["header"]), *found["rows"]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return _table(found["header"], found["rows"])
 
 
 def checkpoints(folder: Path = CHECKPOINTS) -> str:
     """The shipped weights, and torch's mIoU with them on the whole test split."""
     families = ("attribute", "superlative", "extreme", "relation")
-    lines = [
-        f"| checkpoint | weights | pairs seen | {' | '.join(families)} | all | oIoU | N-acc |",
-        "|---" * (6 + len(families)) + "|",
-    ]
+    rows = []
     for path in sorted(folder.glob("*/card.json")):
         card = json.loads(path.read_bytes())
-        scores = card["scores"]["refshapes:test"]
-        cells = (
-            path.parent.name,
-            f"`{card['sha256'][:12]}…`",
-            f"{card['training']['pairs']:,}",
-            *(f"{scores['families'][name]['miou']:.3f}" for name in families),
-            *(f"{scores['overall'][name]:.3f}" for name in ("miou", "oiou", "n_acc")),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        scores, training = card["scores"]["refshapes:test"], card["training"]
+        row = [path.parent.name, _short(card["sha256"]), f"{training['recipe']['steps']:,}"]
+        row += [f"{scores['families'][name]['miou']:.3f}" for name in families]
+        row += [f"{scores['overall'][name]:.3f}" for name in ("miou", "oiou", "n_acc")]
+        rows.append(row)
+    header = ("checkpoint", "weights", "steps", *families, "all", "oIoU", "N-acc")
+    return _table(header, rows)
 
 
 TABLES = {

@@ -21,7 +21,7 @@ def _floor_scores(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """``softmax(where(mask, x, -1e4))``: no score more than 30 below the largest.
 
     The exponential of less is smaller than float32 can hold without falling out of the processor's
-    fast path: with padded words the softmax took four times as long.
+    fast path.
     """
     where = index.maker.get(node.input[0]) if node.op_type == "Softmax" else None
     if where is None or where.op_type != "Where" or where.input[2] not in index.tensors:

@@ -210,19 +210,20 @@ def open_model(
     weights: safetensors in the official layout for a bare configuration; without, seeded weights.
     """
     kind, _, configuration = name.rpartition(":")
+    own = not kind or kind == "clipseg" or kind.endswith(".py")
+    if own and weights is not None:
+        raise CheckpointError(
+            "config-unknown",
+            f"{name!r} has weights of its own",
+            why="--weights go with a bare configuration",
+            fix=f"name one of {', '.join(configurations())}",
+        )
     if kind.endswith(".py"):
-        own, tokenizer, digest = open_own(name)
-        return Loaded(own, tokenizer, Card(OWN, plain(own.config), digest, OWN))
+        model, tokenizer, digest = open_own(name)
+        return Loaded(model, tokenizer, Card(OWN, plain(model.config), digest, OWN))
     if kind == "clipseg":
         return _clipseg(Path(configuration), size, words)
     if not kind:
-        if weights is not None:
-            raise CheckpointError(
-                "config-unknown",
-                f"{name!r} has weights of its own",
-                why="--weights go with a bare configuration",
-                fix=f"name one of {', '.join(configurations())}",
-            )
         return _at_size(load_checkpoint(name), size)
     config = configuration_named(kind, configuration, size)
     model = family(kind).build(config).eval()
@@ -246,7 +247,8 @@ def _clipseg(folder: Path, size: int | None, words: Sequence[str]) -> Loaded:
     if tokenizer is None:
         tokenizer, kind = made_up("clip", words, model.config.vocabulary)
     digest = hashlib.sha256(_read(folder / WEIGHTS)).hexdigest()
-    return Loaded(model, tokenizer, Card("clipseg", plain(model.config), digest, kind))
+    source = {"from": "transformers, save_pretrained"}
+    return Loaded(model, tokenizer, Card("clipseg", plain(model.config), digest, kind, source))
 
 
 def configuration_named(kind: str, name: str, size: int | None = None) -> Any:

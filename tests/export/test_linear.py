@@ -56,6 +56,16 @@ def work(model: onnx.ModelProto) -> int:
     return sum(macs(index, n) for n in index.nodes)
 
 
+def require_declared(model: onnx.ModelProto) -> None:
+    """Every tensor has the shape that onnx infers."""
+    index = GraphIndex(model)
+    made = {o for n in index.nodes for o in n.output} - index.outputs
+    assert {v.name for v in model.graph.value_info} >= made
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    for name in made:
+        assert GraphIndex(inferred).shape(name) == index.shape(name)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_convolution_of_a_thin_product(bias: bool, batch: int) -> None:
@@ -73,11 +83,7 @@ def test_a_convolution_of_a_thin_product(bias: bool, batch: int) -> None:
     (conv,) = (n for n in index.nodes if n.op_type == "Conv")
     assert index.maker[conv.input[0]].op_type == "Transpose"
     assert index.maker[index.maker[conv.input[0]].input[0]].op_type == "Relu"
-    made = {o for n in index.nodes for o in n.output} - index.outputs
-    assert {v.name for v in model.graph.value_info} >= made
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    for name in made:
-        assert GraphIndex(inferred).shape(name) == index.shape(name)
+    require_declared(model)
 
 
 def test_products_stay_in_their_module() -> None:
@@ -167,11 +173,7 @@ def test_a_convolution_comes_before_the_upsampling(
     assert all(
         index.maker[n.input[0]].op_type == "Conv" for n in index.nodes if n.op_type == "Resize"
     )
-    made = {o for n in index.nodes for o in n.output} - index.outputs
-    assert {v.name for v in model.graph.value_info} >= made
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    for name in made:
-        assert GraphIndex(inferred).shape(name) == index.shape(name)
+    require_declared(model)
 
 
 def test_few_channels_are_upsampled_first() -> None:

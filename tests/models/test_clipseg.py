@@ -182,3 +182,5 @@ def test_the_name_of_a_folder_opens_it(tmp_path: Path) -> None:
     assert torch.equal(loaded.model(*given), from_folder(tmp_path)(*given))
     with pytest.raises(CheckpointError):
         open_model(f"clipseg:{tmp_path / 'nothing'}", ())
+    with pytest.raises(CheckpointError, match="weights of its own"):
+        open_model(f"clipseg:{tmp_path}", (), weights=tmp_path / "model.safetensors")
