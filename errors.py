@@ -54,6 +54,10 @@ class BackendError(RefedgeError):
     """A runtime that is missing or refused a graph."""
 
 
+class EngineError(RefedgeError):
+    """A TensorRT engine that could not be built, or that belongs to another machine or bundle."""
+
+
 class RefedgeWarning(UserWarning):
     """Something was changed on the way in, such as an expression cut to the model's word limit."""
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from refedge.errors import BundleError, RefedgeError
 
 FAMILIES = (
-    "backend|bench|bundle|calibrate|checkpoint|config|convert|data|dialect|export|expression|image"
-    "|mask|model|output|plan|protocol|result|threads|tokenizer|train|weights"
+    "backend|bench|bundle|calibrate|checkpoint|config|convert|data|dialect|engine|export|expression|image"
+    "|mask|model|output|plan|plugin|protocol|result|threads|tokenizer|train|weights"
 )
 ROOT = Path(__file__).parent.parent
 

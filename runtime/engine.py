@@ -1,0 +1,136 @@
+"""What is said of TensorRT engines: where they were built, from which graphs, with which hashes.
+
+An engine runs on the very kind of machine that built it, so engines lie beside the bundle's own
+files, in ``engines/<target>/<plan>/``: ``<part>.engine`` as the builder gave it, and
+``engines.json``, this record. It carries a digest of its own bytes and the SHA-256 of every
+engine, so that nothing is deserialised that the builder did not write. The bundle's manifest does
+not change when engines are built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from ..errors import EngineError
+
+SCHEMA = 1
+RECORD = "engines.json"
+FOLDER = "engines"
+_BLANK = "0" * 64
+_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an engine is bound to.
+
+    tensorrt: full version, ``10.3.0.30``.
+    sm:       compute capability times ten: 87 for 8.7.
+    device:   the GPU's name, ``Orin``.
+    cuda:     ``12.6``, the driver's or, on Jetson, the toolkit's.
+    system:   ``linux``; machine: ``aarch64`` or ``x86_64``.
+    """
+
+    tensorrt: str
+    sm: int
+    device: str
+    cuda: str
+    system: str
+    machine: str
+
+    @property
+    def name(self) -> str:
+        """A folder's name: ``trt10.3.0.30-sm87-orin-cuda12.6-linux-aarch64``."""
+        device = re.sub(r"[^a-z0-9]+", "", self.device.lower()) or "gpu"
+        return (
+            f"trt{self.tensorrt}-sm{self.sm}-{device}-cuda{self.cuda}-{self.system}-{self.machine}"
+        )
+
+    def differences(self, other: Target) -> list[str]:
+        """What differs, field by field, in words; empty where engines of one run on the other."""
+        return [
+            f"{key} {mine} here, {theirs} there"
+            for key in ("tensorrt", "sm", "device", "cuda", "system", "machine")
+            if (mine := getattr(self, key)) != (theirs := getattr(other, key))
+        ]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The engine of one part.
+
+    file:    its name beside the record.
+    graph:   SHA-256 of the dialect's graph file that it was built from.
+    profile: the least, usual and largest batch, as in the manifest, or as it was built.
+    memory:  bytes of device memory that a context takes besides the weights.
+    layers:  what the inspector said after the build (``docs/engines.md``); not needed to run.
+    """
+
+    file: str
+    graph: str
+    bytes: int
+    sha256: str
+    profile: tuple[int, int, int]
+    memory: int
+    layers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """The engines of one plan for one target.
+
+    bundle:  digest of the manifest of the bundle they were built from.
+    plugins: libraries that must be loaded first: name to SHA-256.
+    flags:   builder flags and options, as they were set.
+    """
+
+    plan: str
+    dialect: str
+    bundle: str
+    target: Target
+    parts: dict[str, EngineSpec]
+    plugins: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+    digest: str = _BLANK
+
+
+def encode_engines(record: EngineSet) -> bytes:
+    """Indented JSON with its own digest filled in."""
+    blank = msgspec.json.format(msgspec.json.encode(replace(record, digest=_BLANK)), indent=1)
+    digest = hashlib.sha256(blank).hexdigest()
+    return _DIGEST.sub(f'"digest": "{digest}"'.encode(), blank)
+
+
+def decode_engines(raw: bytes) -> EngineSet:
+    """Check the digest, then parse and validate; raises EngineError ``engine-damaged``."""
+    found = _DIGEST.findall(raw)
+    if len(found) != 1:
+        raise _damaged("it holds no digest of itself")
+    digest: bytes = found[0]
+    if hashlib.sha256(raw.replace(digest, _BLANK.encode())).hexdigest() != digest.decode():
+        raise _damaged("its bytes do not match its digest")
+    try:
+        record = msgspec.json.decode(raw, type=EngineSet)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _damaged(str(error)) from error
+    if record.schema != SCHEMA:
+        raise _damaged(f"it has schema {record.schema}, this version reads {SCHEMA}")
+    for spec in record.parts.values():
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+\.engine", spec.file):
+            raise _damaged(f"it names the file {spec.file!r}")
+    return record
+
+
+def _damaged(why: str) -> EngineError:
+    return EngineError(
+        "engine-damaged",
+        f"the engines' {RECORD} is damaged",
+        why=why,
+        fix="build the engines again: refedge build",
+    )
