@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from refedge.errors import EngineError
 from refedge.runtime.engine import EngineSet, EngineSpec, Target, decode_engines, encode_engines
 
