@@ -63,9 +63,9 @@ PAPER = LAVTConfig()
 TINY = LAVTConfig(
     size=96,
     swin=SwinConfig(
-        width=24, depths=(1, 1, 2, 1), heads=(1, 2, 4, 4), window=6, ratio=2, drop_path=0.0
+        width=28, depths=(2, 2, 2, 1), heads=(1, 2, 4, 4), window=12, ratio=2, drop_path=0.0
     ),
-    head_width=24,
+    head_width=48,
     text=TextConfig(vocabulary=64, width=48, layers=2, heads=4, hidden=96, positions=20),
 )
 CONFIGS = {"paper": PAPER, "tiny": TINY}
@@ -157,15 +157,16 @@ class LAVT(Network):
         words: Tensor,
         products: TextProducts,
         image_index: Tensor | None = None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The maps of the four stages [B, C_i, H_i, W_i] and their weights [B, T, H_i * W_i].
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What the four stages found [B, C_i, H_i, W_i], their weights [B, T, H_i * W_i], and the
+        rows that go on to the next stage [B, H_i * W_i, C_i] (of the last stage, its own).
 
         pixels: [B or pictures, S, S, 3] uint8; image_index: [B], each expression's picture.
         """
         swin = self.backbone
         x = swin.stage(0, swin.embed(normalise_pixels(pixels, self.mean, self.std)))
         x = x if image_index is None else x.index_select(0, image_index)
-        maps, attention = [], []
+        maps, attention, stream = [], [], []
         for i in range(4):
             keys, values = products[2 * i : 2 * i + 2]
             found, weights = self.fusion(i)(x, keys, values, words)
@@ -173,8 +174,11 @@ class LAVT(Network):
             attention.append(weights)
             if i < 3:
                 gate = swin.layers[i].get_submodule("res_gate")
-                x = swin.stage(i + 1, swin.downsample(i, x + gate(found) * found))
-        return maps, attention
+                x = x + gate(found) * found
+            stream.append(x)
+            if i < 3:
+                x = swin.stage(i + 1, swin.downsample(i, x))
+        return maps, attention, stream
 
     def decode(self, maps: list[Tensor]) -> Tensor:
         """Maps to logits [B, S, S], foreground minus background, so the mask is logit > 0.
@@ -192,20 +196,25 @@ class LAVT(Network):
         """pixels [B or pictures, S, S, 3] uint8, ids [B, T] int32, words [B, T] bool to logits
         [B, S, S].
         """
-        maps, _ = self.features(pixels, words, self.encode_text(ids, words), image_index)
+        maps, _, _ = self.features(pixels, words, self.encode_text(ids, words), image_index)
         return self.decode(maps)
 
     def _mask(self, pixels: Tensor, words: Tensor, *products: Tensor) -> Tensor:
-        maps, _ = self.features(pixels, words, products)
+        maps, _, _ = self.features(pixels, words, products)
         return self.decode(maps)
 
     def rehearse(
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor, masks: Tensor
     ) -> Rehearsal:
-        """With the maps and the attention of every stage."""
+        """With the stream and the attention of every stage.
+
+        What a stage found is what it shows times what words say, zero on average: attributes are
+        asked of the stream.
+        """
         products = self.encode_text(ids, words)
-        maps, attention = self.features(pixels, words, products, image_index)
-        return Rehearsal(self.decode(maps), tuple(maps), tuple(attention))
+        maps, attention, stream = self.features(pixels, words, products, image_index)
+        seen = tuple(x.transpose(1, 2).reshape(m.shape) for x, m in zip(stream, maps, strict=True))
+        return Rehearsal(self.decode(maps), seen, tuple(attention))
 
     @torch.no_grad()
     def rescale(self, shift: float, scale: float) -> None:
