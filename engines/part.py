@@ -168,9 +168,13 @@ def _set_precision(trt: Any, config: Any, network: Any, task: PartTask) -> None:
 
 
 def _node_of(layer: str, nodes: frozenset[str]) -> bool:
-    """The parser names a node's layers after it, further ones with a number behind."""
+    """The parser names a node's layers after it, further ones with a number behind.
+
+    The pieces that a node was lowered to are called after it too: ``<node>/Erf``.
+    """
     stem, _, number = layer.rpartition("_")
-    return layer in nodes or (number.isdigit() and stem in nodes)
+    names = (layer, stem) if number.isdigit() else (layer,)
+    return any(name in nodes or name.rpartition("/")[0] in nodes for name in names)
 
 
 def _pin(trt: Any, layer: Any) -> None:

@@ -35,6 +35,7 @@ ARGUMENTS = {
     "tensor": "ITensor",
 }
 PLAIN = {"severity", "found", "items", "entry", "arguments", "layers", "driver"}
+FLAGS = {"yes", "no", "nothing"}  # what a variable holds of a hasattr or getattr
 OWN = {"lines"}  # what our own subclasses add
 # what our own functions return
 OURS = {"new_log": "ILogger", "open_tensorrt": "module", "_timing_cache": "ITimingCache"}
@@ -80,6 +81,8 @@ class Walk:
             return False
         if isinstance(node, ast.Assign):
             kind = self.kind(node.value)
+            if _calls(node.value, "hasattr"):
+                kind = {True: "yes", False: "no", None: ""}[self.decide(node.value)]
             for target in node.targets:
                 self.bind(target, kind)
             return False
@@ -155,8 +158,12 @@ class Walk:
             kind = self.kind(test.args[0])
             if kind and isinstance(test.args[1], ast.Constant):
                 return self.has(self.group(kind), str(test.args[1].value))
-        self.kind(test)
-        return None
+        if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Is, ast.IsNot)):
+            kind = self.kind(test.left)  # of getattr(trt, "Name", None)
+            if kind == "nothing" or kind.startswith("class "):
+                return (kind == "nothing") == isinstance(test.ops[0], ast.Is)
+        kind = self.kind(test)
+        return {"yes": True, "no": False}.get(kind)
 
     def kind(self, node: ast.expr) -> str:
         """What an expression is: a class's name, ``class X``, ``list X``, ``module`` or ''."""
@@ -199,7 +206,7 @@ class Walk:
             own = self.types.get(f"self.{node.attr}")
             if own is not None or node.attr.startswith("_") or not kind:
                 return own or ""
-        if not kind or kind.startswith("list ") or node.attr in OWN:
+        if not kind or kind in FLAGS or kind.startswith("list ") or node.attr in OWN:
             return ""
         group = self.group(kind)
         if node.attr.startswith("__") and node.attr != "__version__":
@@ -218,6 +225,10 @@ class Walk:
         for name, behind in BEHIND.items():
             if _calls(node, name) and not self.has(*behind):
                 self.fault(node, f"{name} outside its guard")
+        if _calls(node, "getattr") and isinstance(node.args[1], ast.Constant):
+            kind, name = self.kind(node.args[0]), str(node.args[1].value)
+            if kind == "module":
+                return f"class {name}" if self.has("", name) else "nothing"
         made = self.kind(node.func)
         for argument in [*node.args, *(k.value for k in node.keywords)]:
             self.kind(argument)
