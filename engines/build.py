@@ -94,7 +94,7 @@ def build(
             task = PartTask(
                 part.name,
                 str(bundle.file(file)),
-                str(folder / f"{part.name}.engine"),
+                str(folder / f"{part.name}.engine.new"),
                 str(root / "timing.cache"),
                 source.rest,
                 bool(source.int8(part.name)),
@@ -107,7 +107,10 @@ def build(
             inspection = _inspected(result, source, part.name)
             if inspect:
                 require_plan(inspection, part.name, plan)
-            spec = _spec(Path(task.engine), graph, profile, result.memory, asdict(inspection))
+            engine = folder / f"{part.name}.engine"
+            os.replace(task.engine, engine)
+            layers = msgspec.json.decode(msgspec.json.encode(inspection))
+            spec = _spec(engine, graph, profile, result.memory, layers)
             record = replace(record, parts={**record.parts, part.name: spec})
             write_atomically(folder / RECORD, encode_engines(record))
             say(f"{part.name}: {spec.bytes / 1e6:.1f} MB, {_summary(inspection)}")

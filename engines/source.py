@@ -55,7 +55,7 @@ def source_of(bundle: Bundle, plan: str, dialect: str) -> Source:
     """
     manifest = bundle.manifest
     if plan != "fp32":
-        found = bundle.dialect([dialect], plan)
+        found = _dialect(bundle, dialect, plan)
         made = decode_plan(bundle.file(manifest.plans[plan]).read_bytes())
         return Source(bundle, found, made.rest, made.parts)
     if dialect == "trt10":
@@ -69,6 +69,20 @@ def source_of(bundle: Bundle, plan: str, dialect: str) -> Source:
         why="TensorRT 8.6 builds fp32 from the graphs of the fp16 plan, which it does not hold",
         fix=f"on the workstation: refedge quantize {bundle.path.name} --plan fp16 --dialect trt8",
     )
+
+
+def _dialect(bundle: Bundle, dialect: str, plan: str) -> DialectSpec:
+    try:
+        return bundle.dialect([dialect], plan)
+    except BundleError as error:
+        data = " --data refshapes:calibration" if plan == "int8" else ""
+        command = f"refedge quantize {bundle.path.name} --plan {plan}{data}"
+        raise BundleError(
+            error.code,
+            error.what,
+            why=error.why,
+            fix=f"where onnx is installed: {command} --dialect ort --dialect {dialect}",
+        ) from error
 
 
 def profile_of(part: PartSpec, batches: Path | None) -> Profile:
