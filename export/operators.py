@@ -8,6 +8,8 @@ bfloat16, float8 and int4 are left out. Of more operators the dialects make no u
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 from onnx import TensorProto
 
 _F = {TensorProto.FLOAT, TensorProto.FLOAT16}
@@ -36,7 +38,7 @@ _MOVES = "Expand Flatten Split Tile Where"
 _LOGIC = "And Not Or Xor"
 
 
-def _table(*rows: tuple[str, set[int]]) -> dict[str, frozenset[int]]:
+def _table(*rows: tuple[str, AbstractSet[int]]) -> dict[str, frozenset[int]]:
     return {name: frozenset(types) for names, types in rows for name in names.split()}
 
 
