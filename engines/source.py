@@ -51,38 +51,26 @@ def source_of(bundle: Bundle, plan: str, dialect: str) -> Source:
     """Graphs for a TensorRT; raises BundleError ``plan-missing`` with the command that mends it.
 
     fp32 needs no dialect of its own: strongly typed TensorRT reads the canonical graphs, and 8.6
-    those of the fp16 plan, which are in float32 until a flag says otherwise.
+    those of the fp16 plan (``Bundle.dialect``).
     """
     manifest = bundle.manifest
-    if plan != "fp32":
-        found = _dialect(bundle, dialect, plan)
-        made = decode_plan(bundle.file(manifest.plans[plan]).read_bytes())
-        return Source(bundle, found, made.rest, made.parts)
-    if dialect == "trt10":
-        return Source(bundle, manifest.canonical, "fp32", {})
-    for held in manifest.dialects:
-        if (held.name, held.plan) == (dialect, "fp16"):
-            return Source(bundle, held, "fp32", {})
-    raise BundleError(
-        "plan-missing",
-        f"{bundle.path.name} has no graphs in fp32 for {dialect}",
-        why="TensorRT 8.6 builds fp32 from the graphs of the fp16 plan, which it does not hold",
-        fix=f"on the workstation: refedge quantize {bundle.path.name} --plan fp16 --dialect trt8",
-    )
-
-
-def _dialect(bundle: Bundle, dialect: str, plan: str) -> DialectSpec:
+    names = ["canonical"] if (dialect, plan) == ("trt10", "fp32") else [dialect]
     try:
-        return bundle.dialect([dialect], plan)
+        found = bundle.dialect(names, plan)
     except BundleError as error:
+        written = "fp16" if plan == "fp32" else plan
         data = " --data refshapes:calibration" if plan == "int8" else ""
-        command = f"refedge quantize {bundle.path.name} --plan {plan}{data}"
+        command = f"refedge quantize {bundle.path.name} --plan {written}{data}"
         raise BundleError(
             error.code,
             error.what,
             why=error.why,
             fix=f"where onnx is installed: {command} --dialect ort --dialect {dialect}",
         ) from error
+    if plan == "fp32":
+        return Source(bundle, found, "fp32", {})
+    made = decode_plan(bundle.file(manifest.plans[plan]).read_bytes())
+    return Source(bundle, found, made.rest, made.parts)
 
 
 def profile_of(part: PartSpec, batches: Path | None) -> Profile:

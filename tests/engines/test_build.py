@@ -187,6 +187,16 @@ def test_a_plan_without_graphs_for_tensorrt(bundle: Path) -> None:
     assert "--plan fp16" in caught.value.fix
 
 
+@pytest.mark.parametrize(("dialect", "name"), [("trt10", "canonical"), ("trt8", "trt8")])
+def test_fp32_is_found_again_by_what_the_record_says(
+    dialect: str, name: str, quantized: Path
+) -> None:
+    opened = open_bundle(quantized)
+    source = source_of(opened, "fp32", dialect)
+    assert source.dialect.name == name
+    assert opened.dialect([name], "fp32") == source.dialect
+
+
 def test_8_6_keeps_high_what_the_sidecar_says(quantized: Path) -> None:
     opened = open_bundle(quantized)
     half = source_of(opened, "fp16", "trt8")
