@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, dict[str, object]] = {
     "Reshape": {"allowzero": 0},
 }
 _AXES_AS_ATTRIBUTE = ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceL2")
+_DEFAULTS |= {name: {"noop_with_empty_axes": 0} for name in _AXES_AS_ATTRIBUTE}
 
 
 def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:

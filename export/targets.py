@@ -1,12 +1,12 @@
 """What each family of runtimes accepts, and what a Q/DQ graph must look like.
 
-Operators and types are those of the parsers' own tables: onnx-tensorrt ``docs/operators.md`` at
-8.6 (commit 6872a94) and 10.1 (commit 96e7811). Every finding names the torch module at fault.
+Operators and types are those of the parsers' own tables (``operators.py``). Every finding names the
+torch module at fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,18 +16,8 @@ from onnx import TensorProto
 from .canonical import module_of
 from .graph import GraphIndex, attribute
 from .lint import CONTROL_FLOW, DATA_DEPENDENT, Finding, refuse
+from .operators import TYPES
 
-_OPERATORS = """
-    Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast Ceil Clip Concat Conv
-    ConvTranspose DepthToSpace DequantizeLinear Div Einsum Elu Equal Erf Exp Expand Flatten Floor
-    Gather GatherElements GatherND Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual
-    HardSigmoid HardSwish Identity InstanceNormalization LayerNormalization LeakyRelu Less
-    LessOrEqual Log LogSoftmax MatMul Max MaxPool Min Mul Neg Not Or PRelu Pad Pow QuantizeLinear
-    Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape
-    Resize Round ScatterElements ScatterND Selu Sigmoid Sign Sin Slice Softmax Softplus
-    SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Unsqueeze Where Xor
-"""
-_COMMON = frozenset(_OPERATORS.split())
 _TOPK_LIMIT = 3840  # TensorRT takes no larger K
 
 
@@ -35,14 +25,14 @@ _TOPK_LIMIT = 3840  # TensorRT takes no larger K
 class Target:
     """Rules of a dialect.
 
-    operators:   what may occur; None for no list.
+    operators:   what may occur, and of which types; None for no list.
     zero_points: dtypes that activations' zero-points may have, with the only value allowed.
     uint8_nodes: operators that may read or write uint8 besides the pairs; None for any.
     """
 
     opset: int
     ir_version: int
-    operators: frozenset[str] | None
+    operators: Mapping[str, frozenset[int]] | None
     zero_point: tuple[int, int]
     uint8_nodes: tuple[str, ...] | None
 
@@ -52,8 +42,8 @@ _SIGNED = (TensorProto.INT8, 0)
 TARGETS = {
     "ort": Target(20, 10, None, _UNSIGNED, None),
     "ort-u8u8": Target(20, 10, None, _UNSIGNED, None),
-    "trt10": Target(20, 10, _COMMON | {"Gelu"}, _SIGNED, ("Cast",)),
-    "trt8": Target(17, 8, _COMMON, _SIGNED, ("Cast",)),
+    "trt10": Target(20, 10, TYPES["trt10"], _SIGNED, ("Cast",)),
+    "trt8": Target(17, 8, TYPES["trt8"], _SIGNED, ("Cast",)),
 }
 
 
@@ -83,6 +73,8 @@ def lint_target(model: onnx.ModelProto, dialect: str) -> list[Finding]:
             findings += _topk(index, node)
     if target.uint8_nodes is not None:
         findings += _uint8(index, target.uint8_nodes)
+    if target.operators is not None:
+        findings += _types(model, target.operators)
     return findings
 
 
@@ -152,6 +144,20 @@ def _dequantized(index: GraphIndex, node: onnx.NodeProto, dialect: str) -> list[
 def _topk(index: GraphIndex, node: onnx.NodeProto) -> Iterable[Finding]:
     if node.input[1] not in index.tensors or int(index.constant(node.input[1]).max()) > _TOPK_LIMIT:
         yield _finding("topk", node, f"K must be a constant of at most {_TOPK_LIMIT}")
+
+
+def _types(model: onnx.ModelProto, operators: Mapping[str, frozenset[int]]) -> Iterable[Finding]:
+    """Nodes whose data is of a type that the parser does not take there."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    types = {t.name: t.data_type for t in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        types[value.name] = value.type.tensor_type.elem_type
+    for node in graph.node:
+        data = node.input[1 if node.op_type == "Where" else 0]
+        kind = types.get(data, TensorProto.UNDEFINED)
+        if node.op_type in operators and kind not in operators[node.op_type]:
+            name = TensorProto.DataType.Name(kind)
+            yield _finding("operator-type", node, f"{node.op_type} takes no {name}")
 
 
 def _uint8(index: GraphIndex, allowed: tuple[str, ...]) -> Iterable[Finding]:

@@ -28,11 +28,17 @@ class Bundle:
         return self.path / name
 
     def dialect(self, names: Sequence[str], plan: str) -> DialectSpec:
-        """The first of the named dialects that the bundle holds for a plan."""
+        """The first of the named dialects that the bundle holds for a plan.
+
+        ``canonical`` is one of them, in fp32. Graphs of ``trt8`` in fp16 are in float32 until a
+        flag of the builder says otherwise, so they are those of fp32 too.
+        """
         for name in names:
-            for dialect in self.manifest.dialects:
-                if (dialect.name, dialect.plan) == (name, plan):
-                    return dialect
+            plans = (plan, "fp16") if (name, plan) == ("trt8", "fp32") else (plan,)
+            for wanted in plans:
+                for dialect in (self.manifest.canonical, *self.manifest.dialects):
+                    if (dialect.name, dialect.plan) == (name, wanted):
+                        return dialect
         held = ", ".join(f"{d.plan} ({d.name})" for d in self.manifest.dialects)
         raise BundleError(
             "plan-missing",

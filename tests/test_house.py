@@ -97,6 +97,25 @@ print(*sys.modules)
     assert not [name for name in HEAVY if name in loaded]
 
 
+def test_the_board_loads_nothing_heavy(bundle: Path) -> None:
+    loaded = run_python(
+        f"""
+import sys
+from click.testing import CliRunner
+import refedge.engines.build, refedge.engines.part
+from refedge.cli import main
+for arguments in (
+    ["doctor"],
+    ["inspect", {str(bundle)!r}],
+    ["build", {str(bundle)!r}, "--print-trtexec", "--target", "10.3"],
+):
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+print(*sys.modules)
+"""
+    ).split()
+    assert not [name for name in (*HEAVY, "onnxruntime") if name in loaded]
+
+
 def test_help_loads_nothing_heavy() -> None:
     loaded = run_python(
         """

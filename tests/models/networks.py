@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import onnx
 import onnxruntime
 import torch
+from refedge.calibration.placement import is_high
+from refedge.export.dialects import write_dialect
 from refedge.export.from_torch import to_onnx
 from refedge.export.lint import require_clean
 from refedge.export.parity import Agreement, compare
+from refedge.export.targets import require_target
 from refedge.models.examples import host_inputs, steps
 from refedge.models.parts import HOST, Network, Part
+from refedge.runtime.plan import PartPlan, Plan
 from torch import Tensor
 
 
@@ -40,8 +45,19 @@ def graphs_of(
             continue
         graph = to_onnx(part)
         require_clean(graph)
+        require_fit(graph, model.high)
         found[part.name] = onnxruntime.InferenceSession(graph.SerializeToString(), options)
     return found
+
+
+def require_fit(graph: onnx.ModelProto, high: tuple[str, ...]) -> None:
+    """TensorRT's parsers, 8.6 and 10 to 11, take all of its operators, in the types they have."""
+    names = tuple(node.name for node in graph.graph.node if is_high(node, high))
+    for rest in ("fp32", "fp16"):
+        for dialect in ("trt10", "trt8"):
+            plan = PartPlan("", high=names)
+            written, _ = write_dialect(graph, dialect, Plan("fp16", rest, {}), plan)
+            require_target(written, dialect)
 
 
 def compare_parts(

@@ -1,0 +1,332 @@
+"""What a build keeps, refuses and writes; its processes are real, TensorRT is not here."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from refedge.engines import build as module
+from refedge.engines.build import build
+from refedge.engines.inspect import inspect_bundle, lines
+from refedge.engines.part import Options, PartResult, PartTask
+from refedge.engines.source import profile_of, shapes_of, source_of
+from refedge.engines.trtexec import trtexec_lines
+from refedge.errors import BundleError, EngineError, InputError
+from refedge.runtime.bundle import open_bundle
+from refedge.runtime.engine import Target, decode_engines
+from refedge.runtime.manifest import Manifest, PartSpec, TensorSpec
+from refedge.runtime.plan import decode_plan
+
+from .test_layers import WRITTEN_11
+
+HERE = Target("10.3.0.30", 87, "Orin", "12.6", "linux", "aarch64")
+EMPTY = '{"Layers": []}'
+
+
+class Builder:
+    """In place of the process: writes what it was asked for, keeps what that was."""
+
+    def __init__(self) -> None:
+        self.tasks: list[PartTask] = []
+        self.inspector = EMPTY
+        self.fails_at = ""
+
+    def __call__(self, task: PartTask, say: Any) -> PartResult:
+        if task.part == self.fails_at:
+            raise EngineError("engine-memory", "too little", why="so", fix="more")
+        self.tasks.append(task)
+        Path(task.engine).write_bytes(f"engine of {task.part}".encode())
+        return PartResult(1000, self.inspector)
+
+    def parts(self) -> list[str]:
+        found = [task.part for task in self.tasks]
+        self.tasks.clear()
+        return found
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
+    made = Builder()
+    monkeypatch.setattr(module, "open_tensorrt", lambda: SimpleNamespace(__version__="10.3.0.30"))
+    monkeypatch.setattr(module, "this_target", lambda version: HERE)
+    monkeypatch.setattr(module, "_in_a_process", made)
+    return made
+
+
+@pytest.fixture
+def board(quantized: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(quantized, tmp_path / "board.refedge"))
+
+
+def run(bundle: Path, plan: str = "int8", **said: Any) -> Any:
+    return build(bundle, plan, say=lambda line: None, **said)
+
+
+def test_engines_are_recorded_beside_the_bundle(board: Path, builder: Builder) -> None:
+    record = run(board)
+    folder = board / "engines" / HERE.name / "int8"
+    assert decode_engines((folder / "engines.json").read_bytes()).parts == record.parts
+    assert (record.dialect, record.target, record.plan) == ("trt10", HERE, "int8")
+    assert record.bundle == open_bundle(board).manifest.digest
+    for name, spec in record.parts.items():
+        data = (folder / spec.file).read_bytes()
+        assert data == f"engine of {name}".encode()
+        assert (spec.sha256, spec.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+    open_bundle(board)  # engines change nothing that the manifest lists
+
+
+def test_the_task_says_what_the_plan_says(board: Path, builder: Builder) -> None:
+    run(board)
+    (mask,) = [t for t in builder.tasks if t.part == "mask"]
+    manifest = open_bundle(board).manifest
+    plan = decode_plan((board / manifest.plans["int8"]).read_bytes())
+    assert (mask.rest, mask.int8) == (plan.rest, True)
+    assert mask.graph.endswith("mask.trt10.int8.onnx")
+    assert mask.cache.endswith(f"{HERE.name}/timing.cache")
+    assert mask.shapes["pixels"] == ((1, 96, 96, 3), (1, 96, 96, 3), (16, 96, 96, 3))
+    assert set(mask.shapes) == {t.name for t in manifest.part("mask").inputs}
+
+
+def test_what_is_done_is_kept(board: Path, builder: Builder) -> None:
+    builder.fails_at = "mask"
+    with pytest.raises(EngineError):
+        run(board)
+    assert builder.parts() == ["text"]
+    builder.fails_at = ""
+    run(board)
+    assert builder.parts() == ["mask"]
+    run(board)
+    assert builder.parts() == []
+
+
+def test_what_changed_is_built_again(board: Path, builder: Builder) -> None:
+    run(board)
+    builder.parts()
+    run(board, options=Options(level=1))
+    assert builder.parts() == ["text", "mask"]
+    damaged = board / "engines" / HERE.name / "int8" / "text.engine"
+    damaged.write_bytes(b"cut")
+    run(board, options=Options(level=1))
+    assert builder.parts() == ["text"]
+    (damaged.parent / "engines.json").write_text("{}")
+    run(board, options=Options(level=1))
+    assert builder.parts() == ["text", "mask"]
+    seen = board.parent / "seen.json"
+    seen.write_text('{"mask": {"1": 3, "4": 9}}')
+    run(board, options=Options(level=1), batches=seen)
+    assert builder.parts() == ["mask"]
+
+
+def test_one_build_at_a_time(board: Path, builder: Builder) -> None:
+    root = board / "engines" / HERE.name
+    root.mkdir(parents=True)
+    with (root / "build.lock").open("w") as other:
+        other.write("4711")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(EngineError) as caught:
+            run(board)
+        assert caught.value.code == "engine-locked"
+        assert "4711" in caught.value.why
+    run(board)  # the lock of a process that is gone is no lock
+    assert builder.parts() == ["text", "mask"]
+
+
+def test_an_engine_that_is_not_the_plans_is_not_recorded(board: Path, builder: Builder) -> None:
+    plan = decode_plan((board / open_bundle(board).manifest.plans["int8"]).read_bytes())
+    node = plan.parts["mask"].int8[0]
+    builder.inspector = WRITTEN_11.replace("[ONNX Layer: stem/Conv:c]", f"[ONNX Layer: {node}]")
+    with pytest.raises(EngineError) as caught:
+        run(board)
+    assert caught.value.code == "engine-precision"
+    engine = board / "engines" / HERE.name / "int8" / "mask.engine"
+    assert not engine.exists()
+    record = run(board, inspect=False)
+    assert engine.exists()
+    assert record.parts["mask"].layers["findings"]
+
+
+def test_plugins_travel_with_the_engines(board: Path, builder: Builder, tmp_path: Path) -> None:
+    library = tmp_path / "librefedge.so"
+    library.write_bytes(b"code")
+    record = run(board, plugins=[library])
+    assert record.plugins == {"librefedge.so": hashlib.sha256(b"code").hexdigest()}
+    (copy,) = builder.tasks[0].plugins
+    assert Path(copy).read_bytes() == b"code"
+    with pytest.raises(InputError) as caught:
+        run(board, plugins=[tmp_path / "none.so"])
+    assert caught.value.code == "plugin-unreadable"
+
+
+def test_another_machine_is_refused(board: Path, builder: Builder) -> None:
+    with pytest.raises(EngineError) as caught:
+        run(board, target="sm90")
+    assert caught.value.code == "engine-target"
+    assert run(board, target="sm87").target == HERE
+
+
+def test_a_plan_without_graphs_for_tensorrt(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    with pytest.raises(BundleError) as caught:
+        source_of(opened, "int8", "trt10")
+    assert caught.value.code == "plan-missing"
+    assert "refedge quantize slvit-tiny" in caught.value.fix
+    assert "--plan int8" in caught.value.fix
+    assert "--dialect trt10" in caught.value.fix
+    assert source_of(opened, "fp32", "trt10").dialect == opened.manifest.canonical
+    with pytest.raises(BundleError) as caught:
+        source_of(opened, "fp32", "trt8")
+    assert "--plan fp16" in caught.value.fix
+
+
+@pytest.mark.parametrize(("dialect", "name"), [("trt10", "canonical"), ("trt8", "trt8")])
+def test_fp32_is_found_again_by_what_the_record_says(
+    dialect: str, name: str, quantized: Path
+) -> None:
+    opened = open_bundle(quantized)
+    source = source_of(opened, "fp32", dialect)
+    assert source.dialect.name == name
+    assert opened.dialect([name], "fp32") == source.dialect
+
+
+def test_8_6_keeps_high_what_the_sidecar_says(quantized: Path) -> None:
+    opened = open_bundle(quantized)
+    half = source_of(opened, "fp16", "trt8")
+    sidecar = quantized / f"{half.dialect.graphs['mask']}.layers.json"
+    assert half.pinned("mask") == tuple(json.loads(sidecar.read_text())["float32"]) != ()
+    assert source_of(opened, "fp32", "trt8").pinned("mask") == ()
+    assert not half.wanted("mask").typed
+
+
+def test_two_dynamic_sizes() -> None:
+    image = PartSpec(
+        "image",
+        (TensorSpec("pixels", "uint8", ("images", 96, 96, 3)),),
+        (TensorSpec("map", "float32", ("images", 8)),),
+        (1, 1, 8),
+    )
+    mask = PartSpec(
+        "mask",
+        (
+            TensorSpec("map", "float32", ("images", 8)),
+            TensorSpec("image_index", "int32", ("batch",)),
+            TensorSpec("grid", "float32", (3, 3)),
+        ),
+        (),
+        (1, 2, 16),
+    )
+    manifest: Manifest = SimpleNamespace(parts=(image, mask))  # type: ignore[assignment]
+    assert shapes_of(manifest, image, image.profile) == {
+        "pixels": ((1, 96, 96, 3), (1, 96, 96, 3), (8, 96, 96, 3))
+    }
+    assert shapes_of(manifest, mask, mask.profile) == {
+        "map": ((1, 8), (1, 8), (8, 8)),
+        "image_index": ((1,), (2,), (16,)),
+    }
+
+
+def test_batches_that_were_seen(tmp_path: Path) -> None:
+    part = PartSpec("mask", (), (), (1, 1, 16))
+    file = tmp_path / "seen.json"
+    file.write_text('{"mask": {"1": 10, "5": 70, "8": 3}, "text": {"1": 1}}')
+    assert profile_of(part, file) == (1, 5, 8)
+    assert profile_of(part, None) == (1, 1, 16)
+    for wrong in ('{"mask": {"17": 1}}', '{"mask": {"0": 1}}', '{"mask": 3}', "no", None):
+        file.unlink() if wrong is None else file.write_text(wrong)
+        with pytest.raises(InputError) as caught:
+            profile_of(part, file)
+        assert caught.value.code == "engine-batches"
+
+
+def a_task(folder: Path) -> PartTask:
+    return PartTask("mask", "g", "e", str(folder / "c"), "fp16", False, (), {})
+
+
+def test_errors_cross_the_builders_process(tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        module._in_a_process(a_task(tmp_path), print)
+    assert caught.value.code == "backend-missing"
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "why"),
+    [
+        ("echo working; kill -9 $$", "engine-memory", "working"),
+        ("echo working; kill -11 $$", "engine-build", "SIGSEGV; working"),
+        ("exit 3", "engine-build", "exit code 3"),
+        ("exit 0", "engine-build", "exit code 0"),
+    ],
+)
+def test_a_builder_that_dies(
+    script: str, code: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    said: list[str] = []
+    with pytest.raises(EngineError) as caught:
+        module._in_a_process(a_task(tmp_path), said.append)
+    assert caught.value.code == code
+    assert why in caught.value.why
+    assert said == (["working"] if "echo" in script else [])
+
+
+def test_tasks_and_results_survive_the_way(tmp_path: Path) -> None:
+    task = a_task(tmp_path)
+    assert msgspec.json.decode(msgspec.json.encode(task), type=PartTask) == task
+    result = PartResult(3, "{}", ("w",), ("a", "b", "c", "d"))
+    assert msgspec.json.decode(msgspec.json.encode(result), type=PartResult) == result
+
+
+def test_inspect_tells_engines(board: Path, builder: Builder) -> None:
+    run(board)
+    found = inspect_bundle(board)
+    (engines,) = found["engines"]
+    assert engines["target"] == HERE.name
+    assert set(engines["parts"]) == {"text", "mask"}
+    text = "\n".join(lines(found))
+    assert f"engines {HERE.name}, plan int8" in text
+    record = board / "engines" / HERE.name / "int8" / "engines.json"
+    record.write_bytes(record.read_bytes().replace(b'"memory": 1000', b'"memory": 1001', 1))
+    assert "damaged" in "\n".join(lines(inspect_bundle(board)))
+
+
+# trtexec's options, sampleOptions.cpp of the releases
+_COMMON = """
+    onnx minShapes optShapes maxShapes dynamicPlugins timingCacheFile saveEngine noTF32
+    profilingVerbosity exportLayerInfo skipInference memPoolSize refit versionCompatible
+    builderOptimizationLevel hardwareCompatibilityLevel
+"""
+_ONLY_8 = "fp16 int8 nativeInstanceNorm precisionConstraints layerPrecisions"
+COMMON = set(_COMMON.split())
+KNOWN = {
+    "8.6": COMMON | set(_ONLY_8.split()),
+    "10.3": COMMON | {"stronglyTyped", "stripWeights"},
+    "10.13": COMMON | {"stronglyTyped", "stripWeights"},
+    "11.1": COMMON | {"stripWeights"},
+}
+
+
+@pytest.mark.parametrize("plan", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("version", list(KNOWN))
+def test_trtexec_lines(version: str, plan: str, quantized: Path) -> None:
+    options = Options(512, 1, "ampere+", True, True, version != "8.6")
+    made = trtexec_lines(quantized, plan, version, options=options, plugins=[Path("p.so")])
+    assert len(made) == 2
+    for line in made:
+        words = [w.lstrip("'").removeprefix("--").split("=")[0] for w in line.split()[1:]]
+        assert set(words) <= KNOWN[version]
+        assert ("noTF32" in words) == (plan == "fp32")
+        assert ("stronglyTyped" in words) == version.startswith("10.")
+        assert ("int8" in words) == (version == "8.6" and plan == "int8")
+        assert ("layerPrecisions" in words) == ("precisionConstraints" in words)
+    assert "--maxShapes=ids:16x20,words:16x20" in made[0]
