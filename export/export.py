@@ -26,6 +26,7 @@ from ..runtime.manifest import (
 from .bundle import BundleWriter
 from .dialects import mark
 from .from_torch import to_onnx
+from .heads import fold_heads
 from .lint import require_clean
 from .ort import for_ort
 from .parity import measure
@@ -46,7 +47,6 @@ def export(
     Raises ExportError for a graph that breaks a rule or a parity bar; nothing is left behind.
     """
     parts = loaded.model.parts()
-    specs = tuple(_spec(part) for part in parts)
     with BundleWriter(target) as writer:
         canonical: dict[str, str] = {}
         ort: dict[str, str] = {}
@@ -55,7 +55,8 @@ def export(
         for part in parts:
             say(f"tracing {part.name}")
             models[part.name] = to_onnx(part)
-        folds = fold_words(models) if fold else []
+        folds = [*fold_heads(models), *fold_words(models)] if fold else []
+        specs = tuple(_spec(part, models[part.name]) for part in parts)
         for part in parts:
             model = models.pop(part.name)
             require_clean(model)
@@ -72,7 +73,7 @@ def export(
             specs,
             {name: writer.folder / file for name, file in canonical.items()},
             {"ort fp32": {name: writer.folder / file for name, file in ort.items()}},
-            moved={f.moved for f in folds} - {""},
+            moved={port for f in folds for port in f.moved},
         )
         writer.add("tokenizer.json", loaded.tokenizer.to_str(pretty=True).encode())
         dialects = (
@@ -139,14 +140,13 @@ def _protocol(loaded: Loaded, framing: Framing) -> str:
     return "cris-native" if framing.resize == "letterbox" else "lavt480"
 
 
-def _spec(part: Part) -> PartSpec:
-    return PartSpec(
-        part.name,
-        tuple(_tensor(p) for p in part.inputs),
-        tuple(_tensor(p) for p in part.outputs),
-        PROFILE,
-    )
+def _spec(part: Part, model: onnx.ModelProto) -> PartSpec:
+    """Names and types as the model has them, shapes as the graph does: folding may change one."""
+    shapes = {v.name: v.type.tensor_type.shape for v in (*model.graph.input, *model.graph.output)}
 
+    def tensor(port: Port) -> TensorSpec:
+        found = tuple(d.dim_param or d.dim_value for d in shapes[port.name].dim)
+        return TensorSpec(port.name, port.dtype, found)
 
-def _tensor(port: Port) -> TensorSpec:
-    return TensorSpec(port.name, port.dtype, port.shape)
+    inputs, outputs = (tuple(map(tensor, ports)) for ports in (part.inputs, part.outputs))
+    return PartSpec(part.name, inputs, outputs, PROFILE)
