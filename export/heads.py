@@ -81,8 +81,8 @@ class _Found:
 
 
 def pays(block: Heads) -> bool:
-    """Whether the folded block is estimated to take less time."""
-    return block.folded_us < block.unfolded_us
+    """Whether the folded block is estimated to take at least a tenth less time."""
+    return block.folded_us < 0.9 * block.unfolded_us
 
 
 def fold_heads(
@@ -175,9 +175,8 @@ def _recognise(index: GraphIndex, softmax: onnx.NodeProto, shape: Heads) -> _Fou
     if inner % sizes[1] or weights[1].shape[0] != inner or sizes[2] != shape.pixels:
         return "the linear maps around it have other sizes"
     block = Heads(shape.pixels, shape.words, sizes[1], channels, inner, weights[1].shape[1])
-    return _Found(
-        block, softmax, where, scores, mixed, query, bias, out, [*between, back, join]
-    )  # fmt: skip
+    between += [back, join]
+    return _Found(block, softmax, where, scores, mixed, query, bias, out, between)
 
 
 def _maker(index: GraphIndex, name: str, kind: str) -> onnx.NodeProto | None:

@@ -13,7 +13,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from ..plugins.onnx_function import DOMAIN
 from .canonical import module_of
+from .dialects import WITH_PLUGIN
 from .graph import GraphIndex, attribute
 from .lint import CONTROL_FLOW, DATA_DEPENDENT, Finding, refuse
 
@@ -47,6 +49,7 @@ class Target:
     uint8_nodes: tuple[str, ...] | None
 
 
+_FUSED = frozenset({"NormAttention_float32", "NormAttention_float16"})
 _UNSIGNED = (TensorProto.UINT8, 128)
 _SIGNED = (TensorProto.INT8, 0)
 TARGETS = {
@@ -54,6 +57,8 @@ TARGETS = {
     "ort-u8u8": Target(20, 10, None, _UNSIGNED, None),
     "trt10": Target(20, 10, _COMMON | {"Gelu"}, _SIGNED, ("Cast",)),
     "trt8": Target(17, 8, _COMMON, _SIGNED, ("Cast",)),
+    "trt10-plugin": Target(20, 10, _COMMON | {"Gelu"} | _FUSED, _SIGNED, ("Cast",)),
+    "trt8-plugin": Target(17, 8, _COMMON | _FUSED, _SIGNED, ("Cast",)),
 }
 
 
@@ -69,6 +74,8 @@ def lint_target(model: onnx.ModelProto, dialect: str) -> list[Finding]:
     target = TARGETS[dialect]
     findings = []
     versions = {o.domain: o.version for o in model.opset_import}
+    if dialect in WITH_PLUGIN:
+        versions.pop(DOMAIN, None)
     if versions != {"": target.opset} or model.ir_version != target.ir_version:
         found = f"opsets {versions}, ir_version {model.ir_version}"
         findings.append(Finding("opset", "-", "", f"{found} for {dialect}"))
