@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,28 +34,47 @@ from .weights import split_weights
 from .words import Fold, fold_words
 
 PROFILE = (1, 1, 16)
+REWRITES = ("norm", "heads", "squeeze", "floor")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
 
 
 def export(
-    loaded: Loaded, target: Path, *, say: Callable[[str], None] = print, fold: bool = True
+    loaded: Loaded,
+    target: Path,
+    *,
+    say: Callable[[str], None] = print,
+    rewrites: Collection[str] = REWRITES,
 ) -> Manifest:
     """Trace every part, check it, measure parity, and write ``target`` (a ``.refedge`` folder).
 
-    fold: fold attention to words where it is estimated to pay; without it, graphs to compare with.
+    rewrites: which of ``REWRITES``, described in ``../docs/folding.md``, may be applied where they
+    are estimated to pay; with fewer, graphs to compare with.
 
     Raises ExportError for a graph that breaks a rule or a parity bar; nothing is left behind.
     """
+    models = {}
+    for part in loaded.model.parts():
+        say(f"tracing {part.name}")
+        models[part.name] = to_onnx(part, squeeze="squeeze" in rewrites)
+    return write(loaded, models, target, say=say, rewrites=rewrites)
+
+
+def write(
+    loaded: Loaded,
+    models: dict[str, onnx.ModelProto],
+    target: Path,
+    *,
+    say: Callable[[str], None] = print,
+    rewrites: Collection[str] = REWRITES,
+) -> Manifest:
+    """The same from traced parts, which it uses up; their convolutions are squeezed already."""
     parts = loaded.model.parts()
     with BundleWriter(target) as writer:
         canonical: dict[str, str] = {}
         ort: dict[str, str] = {}
         weights: list[str] = []
-        models = {}
-        for part in parts:
-            say(f"tracing {part.name}")
-            models[part.name] = to_onnx(part)
-        folds = [*fold_heads(models), *fold_words(models)] if fold else []
+        folds = fold_heads(models) if "heads" in rewrites else []
+        folds += fold_words(models) if "norm" in rewrites else []
         specs = tuple(_spec(part, models[part.name]) for part in parts)
         for part in parts:
             model = models.pop(part.name)
@@ -64,9 +83,10 @@ def export(
             writer.add(f"graphs/{name}", content)
             weights.append(f"graphs/{name}")
             canonical[part.name] = _add_graph(writer, model, part.name)
-            ort[part.name] = _add_graph(
-                writer, for_ort(mark(model, "ort", "fp32")), f"{part.name}.ort.fp32"
-            )
+            dialect = mark(model, "ort", "fp32")
+            if "floor" in rewrites:
+                for_ort(dialect)
+            ort[part.name] = _add_graph(writer, dialect, f"{part.name}.ort.fp32")
         say("measuring parity")
         parity = measure(
             loaded.model,
