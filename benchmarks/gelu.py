@@ -77,7 +77,7 @@ def measure(rounds: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> dict[s
         runs: dict[str, Run] = {n: session_of(raw, 1) for n, raw in forms(shape).items()}
         found = [run(["y"], {"x": x})[0] for run in runs.values()]
         times = in_turns({n: partial(run, ["y"], {"x": x}) for n, run in runs.items()}, rounds)
-        rows.append({"shape": shape, "same": bool(np.array_equal(*found)), "ms": times})
+        rows.append({"shape": shape, "same": bool(np.array_equal(found[0], found[1])), "ms": times})
     return {
         "schema": SCHEMA,
         "threads": 1,

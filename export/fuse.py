@@ -119,7 +119,7 @@ def _tidy(model: onnx.ModelProto) -> None:
     made = {o for n in rest for o in n.output}
     nodes: list[onnx.NodeProto] = []
     while rest:
-        later = []
+        later: list[onnx.NodeProto] = []
         for item in rest:
             (later if made.intersection(item.input) else nodes).append(item)
             made.difference_update(() if later and later[-1] is item else item.output)

@@ -334,10 +334,8 @@ def _project_port(
 
 
 def _resize(model: onnx.ModelProto, name: str, size: tuple[int, int]) -> None:
-    """Let a tensor's last axes be ``size``; of the axes before, those of the batch and of slices
-    stay, that of the heads goes."""
-    graph = model.graph
-    for value in (*graph.value_info, *graph.input, *graph.output):
+    """Let a tensor's last three axes, one of which is that of the heads, become ``size``."""
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         if value.name == name:
             shape = value.type.tensor_type.shape
             del shape.dim[-3:]

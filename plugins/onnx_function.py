@@ -7,7 +7,7 @@ centring compute in float32 whatever the dtype; rounding comes after ``P - mean(
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 from onnx import parser
@@ -138,7 +138,8 @@ def node(
 ) -> onnx.NodeProto:
     """A call of the function, which the model needs among its functions; see ``attach``."""
     kind = f"{operator}_{dtype}"
-    return onnx.helper.make_node(kind, inputs, outputs, name, "", DOMAIN, **PLUGIN, **attributes)
+    settings: dict[str, Any] = {**PLUGIN, **attributes}
+    return onnx.helper.make_node(kind, inputs, outputs, name, domain=DOMAIN, **settings)
 
 
 def attach(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -146,7 +147,7 @@ def attach(model: onnx.ModelProto) -> onnx.ModelProto:
     called = {n.op_type for n in model.graph.node if n.domain == DOMAIN}
     for name in sorted(called - {f.name for f in model.functions}):
         operator, _, dtype = name.rpartition("_")
-        model.functions.append(function(operator, dtype))  # type: ignore[arg-type]
+        model.functions.append(function(operator, dtype))
     if called and DOMAIN not in {o.domain for o in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     return model

@@ -85,7 +85,7 @@ def apply(operator: str, *inputs: Tensor) -> Any:
     shapes = _shapes(operator, inputs)
     kinds = [inputs[0].dtype, torch.float32][: len(shapes)]
     found = torch.onnx.ops.symbolic_multi_out(
-        name, inputs, PLUGIN, dtypes=kinds, shapes=shapes, version=1
+        name, inputs, dict(PLUGIN), dtypes=kinds, shapes=shapes, version=1
     )
     return found[0] if len(shapes) == 1 else tuple(found)
 
