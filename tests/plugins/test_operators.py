@@ -208,8 +208,8 @@ def test_bfloat16_is_well_typed(operator: str) -> None:
             for n, v in feeds.items()
         ],
         [
-            helper.make_tensor_value_info(n, half if i == 0 else TensorProto.FLOAT, None)
-            for i, n in enumerate(outputs)
+            helper.make_tensor_value_info(n, half if i == 0 else TensorProto.FLOAT, [None] * rank)
+            for i, (n, rank) in enumerate(zip(outputs, RANKS[operator], strict=True))
         ],
     )
     opsets = [helper.make_opsetid("", OPSET)]
