@@ -62,7 +62,9 @@ def main() -> None:
 @click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors in official layout.")
 @click.option("--seed", type=int, default=0, help="Of the weights of a configuration.")
-@click.option("--fold/--no-fold", default=True, help="Fold what pays; else, to compare.")
+@click.option("--fold/--no-fold", default=True, help="Apply rewrites that pay; or none.")
+@click.option("--rewrite", "chosen", multiple=True, help="Of these alone: norm, heads, ….",
+              type=click.Choice(("norm", "heads", "squeeze", "floor")))  # fmt: skip
 def export(
     model: str,
     output: Path | None,
@@ -70,6 +72,7 @@ def export(
     weights: Path | None,
     seed: int,
     fold: bool,
+    chosen: tuple[str, ...],
 ) -> None:
     """Export MODEL to a bundle and measure its parity.
 
@@ -83,7 +86,7 @@ def export(
 
     loaded = open_model(model, words(), size=size, weights=weights, seed=seed)
     target = output or Path(f"{Path(model.replace(':', '-')).name}.refedge")
-    manifest = run(loaded, target, say=_say, rewrites=REWRITES if fold else ())
+    manifest = run(loaded, target, say=_say, rewrites=(chosen or REWRITES) if fold else ())
     if manifest.folding:
         done = sum(f["folded"] for f in manifest.folding)
         _say(f"folded {done} of {len(manifest.folding)} blocks of attention to words")

@@ -3,7 +3,7 @@
     python -m refedge.benchmarks.folding slvit:paper lts:tiny ... -o RESULT.json
         [--plan fp32 --plan int8] [--threads 1 --threads 2] [--rounds 20] [--work out/folding]
 
-Each model is traced once, and written as bundles that are kept in ``--work``: ``before`` without
+Each model is exported several times, to bundles that are kept in ``--work``: ``before`` without
 any rewrite of docs/folding.md, ``after`` with all that pay, and one with each alone, which is timed
 in fp32 on one thread. Both clocks are kept: ``wall`` is what a user waits, ``cpu`` what the process
 worked, which neighbours on the machine disturb less. ``new`` is an expression about a known model
@@ -14,9 +14,10 @@ in a whole run; blocks are cut in fp32 alone. In int8 the scores are floored on 
 
 from __future__ import annotations
 
-import copy
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from .device import describe
 from .timing import take_turns, task_for
 
 SCHEMA = "refedge-folding-2"
+REWRITES = ("norm", "heads", "squeeze", "floor")
 SAMPLES = 8  # that int8 is calibrated with; what is timed does not depend on them
 MODULE = "refedge.module"
 Arrays = dict[str, npt.NDArray[Any]]
@@ -199,32 +201,24 @@ def branch_of(node: str) -> str:
 
 
 def prepare(name: str, work: Path, plans: Iterable[str]) -> dict[str, Path]:
-    """Bundles of a model, ``tiny`` or ``paper`` such as ``lts:paper``, by variant."""
-    from ..calibration.quantize import quantize
-    from ..data.refshapes.expressions import words
-    from ..export.export import REWRITES, write
-    from ..export.from_torch import to_onnx
-    from ..export.linear import reorder
-    from ..models.checkpoint import open_model
-
-    variants = {"before": (), **{r: (r,) for r in REWRITES}, "after": REWRITES}
+    """Bundles of a model, ``tiny`` or ``paper`` such as ``lts:paper``, by variant; by the command,
+    because this room exports nothing itself."""
+    variants: dict[str, list[str]] = {"before": ["--no-fold"], "after": []}
+    variants |= {rewrite: ["--rewrite", rewrite] for rewrite in REWRITES}
     paths = {v: work / f"{name.replace(':', '-')}-{v}.refedge" for v in variants}
-    missing = [variant for variant, path in paths.items() if not path.is_dir()]
-    if missing:
-        loaded = open_model(name, words())
-        traced = {part.name: to_onnx(part, squeeze=False) for part in loaded.model.parts()}
-        for variant in missing:
-            rewrites = variants[variant]
-            models = {n: copy.deepcopy(model) for n, model in traced.items()}
-            if "squeeze" in rewrites:
-                models = {n: reorder(model) for n, model in models.items()}
-            click.echo(f"{name}: {variant}")
-            write(loaded, models, paths[variant], say=lambda _: None, rewrites=rewrites)
-    for variant in ("before", "after"):
-        known = open_bundle(paths[variant]).manifest.plans
-        if "int8" in plans and "int8" not in known:
-            quantize(paths[variant], "int8", data="refshapes:calibration", samples=SAMPLES)
+    for variant, options in variants.items():
+        path = paths[variant]
+        if not path.is_dir():
+            _refedge("export", name, "-o", str(path), *options)
+        timed = "int8" in plans and variant in ("before", "after")
+        if timed and "int8" not in open_bundle(path).manifest.plans:
+            data = ("--data", "refshapes:calibration", "--samples", str(SAMPLES))
+            _refedge("quantize", str(path), "--plan", "int8", *data)
     return paths
+
+
+def _refedge(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "refedge.cli", *arguments], check=True)
 
 
 def measure(before: Path, after: Path, plan: str, rounds: int, threads: int = 1) -> dict[str, Any]:

@@ -52,27 +52,15 @@ def export(
 
     Raises ExportError for a graph that breaks a rule or a parity bar; nothing is left behind.
     """
-    models = {}
-    for part in loaded.model.parts():
-        say(f"tracing {part.name}")
-        models[part.name] = to_onnx(part, squeeze="squeeze" in rewrites)
-    return write(loaded, models, target, say=say, rewrites=rewrites)
-
-
-def write(
-    loaded: Loaded,
-    models: dict[str, onnx.ModelProto],
-    target: Path,
-    *,
-    say: Callable[[str], None] = print,
-    rewrites: Collection[str] = REWRITES,
-) -> Manifest:
-    """The same from traced parts, which it uses up; their convolutions are squeezed already."""
     parts = loaded.model.parts()
     with BundleWriter(target) as writer:
         canonical: dict[str, str] = {}
         ort: dict[str, str] = {}
         weights: list[str] = []
+        models = {}
+        for part in parts:
+            say(f"tracing {part.name}")
+            models[part.name] = to_onnx(part, squeeze="squeeze" in rewrites)
         folds = fold_heads(models) if "heads" in rewrites else []
         folds += fold_words(models) if "norm" in rewrites else []
         specs = tuple(_spec(part, models[part.name]) for part in parts)
