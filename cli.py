@@ -63,7 +63,9 @@ def main() -> None:
 @click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
 @click.option("--weights", type=click.Path(path_type=Path), help="safetensors in official layout.")
 @click.option("--seed", type=int, default=0, help="Of the weights of a configuration.")
-@click.option("--fold/--no-fold", default=True, help="Fold attention to words where it pays.")
+@click.option("--fold/--no-fold", default=True, help="Apply rewrites that pay; or none.")
+@click.option("--rewrite", "chosen", multiple=True, help="Of these alone: norm, heads, ….",
+              type=click.Choice(("norm", "heads", "squeeze", "floor")))  # fmt: skip
 def export(
     model: str,
     output: Path | None,
@@ -71,6 +73,7 @@ def export(
     weights: Path | None,
     seed: int,
     fold: bool,
+    chosen: tuple[str, ...],
 ) -> None:
     """Export MODEL to a bundle and measure its parity.
 
@@ -78,12 +81,13 @@ def export(
     wrote, or a configuration (slvit:paper), whose weights are seeded unless --weights is given.
     """
     from .data.refshapes.expressions import words
+    from .export.export import REWRITES
     from .export.export import export as run
     from .models.checkpoint import open_model
 
     loaded = open_model(model, words(), size=size, weights=weights, seed=seed)
     target = output or Path(f"{Path(model.replace(':', '-')).name}.refedge")
-    manifest = run(loaded, target, say=_say, fold=fold)
+    manifest = run(loaded, target, say=_say, rewrites=(chosen or REWRITES) if fold else ())
     if manifest.folding:
         done = sum(f["folded"] for f in manifest.folding)
         _say(f"folded {done} of {len(manifest.folding)} blocks of attention to words")

@@ -1,17 +1,23 @@
-"""What folding brings: two bundles of one model, per block and end to end, in turns.
+"""What the exact rewrites bring: a model exported with and without, per block and end to end.
 
-    python -m refedge.benchmarks.folding BEFORE AFTER -o RESULT.json [--plan fp32] [--rounds 20]
+    python -m refedge.benchmarks.folding slvit:paper lts:tiny ... -o RESULT.json
+        [--plan fp32 --plan int8] [--threads 1 --threads 2] [--rounds 20] [--work out/folding]
 
-BEFORE was exported without folding, AFTER with it; one thread. Both clocks are kept: ``wall`` is
-what a user waits, ``cpu`` what one thread worked, which neighbours on the machine disturb less. A
-block is everything of the modules around its norm, cut out of either graph and fed with the tensors
-that it sees in a whole run; blocks are cut in fp32 alone.
+Each model is exported several times, to bundles that are kept in ``--work``: ``before`` without
+any rewrite of docs/folding.md, ``after`` with all that pay, and one with each alone, which is timed
+in fp32 on one thread. Both clocks are kept: ``wall`` is what a user waits, ``cpu`` what the process
+worked, which neighbours on the machine disturb less. ``new`` is an expression about a known model
+and a new picture, ``kept`` the same when its text is in the cache. A block is everything of the
+modules around an attention to words, cut out of either graph and fed with the tensors that it sees
+in a whole run; blocks are cut in fp32 alone. In int8 the scores are floored on both sides.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -31,7 +37,9 @@ from ..runtime.tokenizer import ExpressionTokenizer
 from .device import describe
 from .timing import take_turns, task_for
 
-SCHEMA = "refedge-folding-1"
+SCHEMA = "refedge-folding-2"
+REWRITES = ("norm", "heads", "squeeze", "floor")
+SAMPLES = 8  # that int8 is calibrated with; what is timed does not depend on them
 MODULE = "refedge.module"
 Arrays = dict[str, npt.NDArray[Any]]
 Clocks = dict[str, list[float]]
@@ -40,8 +48,8 @@ Clocks = dict[str, list[float]]
 class _Side:
     """One bundle's parts, and their inputs for one picture and expression."""
 
-    def __init__(self, bundle: Bundle, plan: str) -> None:
-        backend = OnnxRuntimeBackend(threads=1)
+    def __init__(self, bundle: Bundle, plan: str, threads: int) -> None:
+        backend = OnnxRuntimeBackend(threads=threads)
         manifest = bundle.manifest
         wanted = backend.dialects(plan)
         spec = next(d for d in manifest.dialects if d.plan == plan and d.name in wanted)
@@ -65,6 +73,17 @@ class _Side:
         """Outputs of a part by name."""
         return self.parts[part].run({name: self.known[name] for name in self.inputs[part]})
 
+    def stages(self) -> dict[str, Callable[[], object]]:
+        """Each part, and an expression that is new or kept."""
+        kept = [part for part in self.parts if part != "text"]
+        rows: dict[str, tuple[str, ...]] = {part: (part,) for part in self.parts}
+        rows |= {"new": tuple(self.parts), "kept": tuple(kept)}
+        return {name: partial(self._several, row) for name, row in rows.items()}
+
+    def _several(self, parts: Iterable[str]) -> None:
+        for part in parts:
+            self.run(part)
+
 
 @dataclass
 class _Cut:
@@ -80,7 +99,7 @@ class _Cut:
         return self.session(self.outputs, self.feeds)
 
 
-def _cuts(path: Path, prefixes: Iterable[str], known: Arrays) -> dict[str, _Cut]:
+def _cuts(path: Path, prefixes: Iterable[str], known: Arrays, threads: int) -> dict[str, _Cut]:
     """A cut for each module; one run of the whole graph gives what all of them read."""
     import onnx
 
@@ -105,11 +124,11 @@ def _cuts(path: Path, prefixes: Iterable[str], known: Arrays) -> dict[str, _Cut]
         alone = onnx.helper.make_model(
             graph, opset_imports=model.opset_import, ir_version=model.ir_version
         )
-        cuts[prefix] = _Cut(inputs, outputs, _session(alone.SerializeToString()), {})
+        cuts[prefix] = _Cut(inputs, outputs, session_of(alone.SerializeToString(), threads), {})
     host = {i.name: known[i.name] for i in model.graph.input}
     tapped = sorted({i for block in cuts.values() for i in block.inputs} - host.keys())
     model.graph.output.extend(values[i] for i in tapped)
-    found = _session(model.SerializeToString())(tapped, host) if tapped else []
+    found = session_of(model.SerializeToString(), threads)(tapped, host) if tapped else []
     whole = host | dict(zip(tapped, found, strict=True))
     for block in cuts.values():
         block.feeds = {i: whole[i] for i in block.inputs}
@@ -121,11 +140,12 @@ def _inside(node: Any, prefix: str) -> bool:
     return bool(module == prefix or module.startswith(f"{prefix}."))
 
 
-def _session(raw: bytes) -> Callable[[list[str], Arrays], list[npt.NDArray[Any]]]:
+def session_of(raw: bytes, threads: int) -> Callable[[list[str], Arrays], list[npt.NDArray[Any]]]:
+    """A graph on ONNX Runtime: names of outputs and inputs by name to these outputs."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     session = ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
 
@@ -180,13 +200,62 @@ def branch_of(node: str) -> str:
     return module[: module.index(".fusion") + len(".fusion")] if ".fusion" in module else module
 
 
-def measure(before: Path, after: Path, plan: str, rounds: int) -> dict[str, Any]:
-    """Everything; a record for the result file."""
+def prepare(name: str, work: Path, plans: Iterable[str]) -> dict[str, Path]:
+    """Bundles of a model, ``tiny`` or ``paper`` such as ``lts:paper``, by variant; by the command,
+    because this room exports nothing itself."""
+    variants: dict[str, list[str]] = {"before": ["--no-fold"], "after": []}
+    variants |= {rewrite: ["--rewrite", rewrite] for rewrite in REWRITES}
+    paths = {v: work / f"{name.replace(':', '-')}-{v}.refedge" for v in variants}
+    for variant, options in variants.items():
+        path = paths[variant]
+        if not path.is_dir():
+            _refedge("export", name, "-o", str(path), *options)
+        timed = "int8" in plans and variant in ("before", "after")
+        if timed and "int8" not in open_bundle(path).manifest.plans:
+            data = ("--data", "refshapes:calibration", "--samples", str(SAMPLES))
+            _refedge("quantize", str(path), "--plan", "int8", *data)
+    return paths
+
+
+def _refedge(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "refedge.cli", *arguments], check=True)
+
+
+def measure(before: Path, after: Path, plan: str, rounds: int, threads: int = 1) -> dict[str, Any]:
+    """Two bundles of one model; a row for the result file."""
     bundles = {"before": open_bundle(before), "after": open_bundle(after)}
-    sides = {name: _Side(bundle, plan) for name, bundle in bundles.items()}
-    folds = bundles["after"].manifest.folding
-    wanted = {branch_of(f["node"]): f for f in folds} if plan == "fp32" else {}
-    cuts = {n: _cuts(s.files["mask"], wanted, s.known) for n, s in sides.items()} if wanted else {}
+    sides = {name: _Side(bundle, plan, threads) for name, bundle in bundles.items()}
+    logits = [side.known["logits"] for side in sides.values()]
+    masks = [a > 0 for a in logits]
+    both = {n: side.stages() for n, side in sides.items()}
+    timed = {
+        name: in_turns({n: rows[name] for n, rows in both.items()}, rounds)
+        for name in both["before"]
+    }
+    blocks = _blocks(bundles, sides, rounds, threads) if plan == "fp32" else []
+    return {
+        "model": bundles["after"].manifest.model,
+        "plan": plan,
+        "threads": threads,
+        "task": sides["after"].task,
+        "bundles": {n: b.manifest.digest for n, b in bundles.items()},
+        "graphs": {n: s.hashes for n, s in sides.items()},
+        "mask_iou": float((masks[0] & masks[1]).sum() / max(1, (masks[0] | masks[1]).sum())),
+        "load_average": list(os.getloadavg()),
+        "stages": timed,
+        "branch": _total(blocks),
+        "blocks": blocks,
+    }
+
+
+def _blocks(
+    bundles: Mapping[str, Bundle], sides: Mapping[str, _Side], rounds: int, threads: int
+) -> list[dict[str, Any]]:
+    """The blocks that the later bundle speaks of, in turns."""
+    wanted = {branch_of(f["node"]): f for f in bundles["after"].manifest.folding}
+    if not wanted:
+        return []
+    cuts = {n: _cuts(s.files["mask"], wanted, s.known, threads) for n, s in sides.items()}
     blocks = []
     for prefix, fold in wanted.items():
         old, new = cuts["before"][prefix], cuts["after"][prefix]
@@ -195,27 +264,29 @@ def measure(before: Path, after: Path, plan: str, rounds: int) -> dict[str, Any]
         differ = max((float(np.abs(a - 1.0 * b).max()) for a, b in pairs), default=0.0)
         row = in_turns({"before": old.run, "after": new.run}, rounds)
         blocks.append({"branch": prefix, "fold": fold, "differ": differ, "ms": row})
-    stages: dict[str, Any] = {}
-    for part in sides["before"].parts:
-        stages[part] = in_turns({n: partial(s.run, part) for n, s in sides.items()}, rounds)
-    logits = [side.known["logits"] for side in sides.values()]
-    masks = [a > 0 for a in logits]
-    return {
-        "schema": SCHEMA,
-        "model": bundles["after"].manifest.model,
-        "plan": plan,
-        "threads": 1,
-        "rounds": rounds,
-        "task": sides["after"].task,
-        "bundles": {n: b.manifest.digest for n, b in bundles.items()},
-        "graphs": {n: s.hashes for n, s in sides.items()},
-        "mask_iou": float((masks[0] & masks[1]).sum() / max(1, (masks[0] | masks[1]).sum())),
-        "load_average": list(os.getloadavg()),
-        "device": describe(),
-        "parts": stages,
-        "branch": _total(blocks),
-        "blocks": blocks,
-    }
+    return blocks
+
+
+def _graphs(bundle: Bundle) -> list[str]:
+    """Hashes of the graphs that ONNX Runtime runs in fp32."""
+    (spec,) = [d for d in bundle.manifest.dialects if (d.name, d.plan) == ("ort", "fp32")]
+    return [bundle.manifest.files[file].sha256 for file in spec.graphs.values()]
+
+
+def alone(paths: Mapping[str, Path], rounds: int) -> dict[str, Any]:
+    """Each rewrite by itself against ``before``: stages in fp32, one thread; empty where the graphs
+    are the same."""
+    rows: dict[str, Any] = {}
+    for variant, path in paths.items():
+        if variant in ("before", "after"):
+            continue
+        files = [_graphs(open_bundle(p)) for p in (paths["before"], path)]
+        if files[0] == files[1]:
+            rows[variant] = {}
+            continue
+        row = measure(paths["before"], path, "fp32", rounds)
+        rows[variant] = {"graphs": row["graphs"], "stages": row["stages"]}
+    return rows
 
 
 def _total(blocks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -228,19 +299,37 @@ def _total(blocks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("after", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True)
 @click.option("-o", "output", type=click.Path(path_type=Path), required=True)
-@click.option("--plan", default="fp32", show_default=True)
+@click.option("--plan", "plans", multiple=True, default=("fp32", "int8"), show_default=True)
+@click.option("--threads", multiple=True, type=int, default=(1, 2), show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True)
-def main(before: Path, after: Path, output: Path, plan: str, rounds: int) -> None:
-    """Compare two bundles of one model."""
-    record = measure(before, after, plan, rounds)
-    write_json(record, output)
-    rows = {part: row["after"] for part, row in record["parts"].items()}
-    for name, clocks in {**rows, "branch": record["branch"]}.items():
-        found = ", ".join(f"{clock} {row['speedup']:.2f}" for clock, row in clocks.items())
-        click.echo(f"{name}: {found or 'not cut'}")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("out/folding"))
+def main(
+    models: tuple[str, ...],
+    output: Path,
+    plans: tuple[str, ...],
+    threads: tuple[int, ...],
+    rounds: int,
+    work: Path,
+) -> None:
+    """Compare models with and without the rewrites."""
+    work.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    each: dict[str, Any] = {}
+    record = {"schema": SCHEMA, "rounds": rounds, "device": describe(), "rows": rows, "alone": each}
+    for model in models:
+        paths = prepare(model, work, plans)
+        for plan in plans:
+            for count in threads:
+                rows.append(measure(paths["before"], paths["after"], plan, rounds, count))
+                rows[-1]["model"] = model
+                row = {**{n: s["after"] for n, s in rows[-1]["stages"].items()}}
+                for name, clocks in {**row, "branch": rows[-1]["branch"]}.items():
+                    gains = [f"{clock} {found['speedup']:.2f}" for clock, found in clocks.items()]
+                    click.echo(f"{model} {plan} {count} {name}: {', '.join(gains) or 'not cut'}")
+        each[model] = alone(paths, rounds)
+        write_json(record, output)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,23 @@ def scenes(results: Path = RESULTS) -> str:
     return _table(header, rows)
 
 
+def folding(results: Path = RESULTS) -> str:
+    """How many times as fast the exact rewrites make a model, by processor time."""
+    shown = ("text", "mask", "new", "kept")
+    rows = []
+    for _, found in _records("folding-*.json", results):
+        for row in found.get("rows", ()):  # earlier records are of one model and have none
+            folds = [block["fold"]["folded"] for block in row["blocks"]]
+            gains = [row["stages"][stage]["after"]["cpu"]["speedup"] for stage in shown]
+            blocks = f"{sum(folds)} of {len(folds)}" if row["plan"] == "fp32" else "-"
+            branch = f"{row['branch']['cpu']['speedup']:.2f}" if row["branch"] else "-"
+            graph = _short(row["graphs"]["before"]["mask"])
+            name = [row["model"], row["plan"], str(row["threads"]), blocks, branch]
+            rows.append([*name, *(f"{gain:.2f}" for gain in gains), graph])
+    header = ("model", "plan", "threads", "folded", "branch", *shown, "mask graph before")
+    return _table(header, rows)
+
+
 def demo(results: Path = RESULTS) -> str:
     """What ``make demo`` printed."""
     found = json.loads((results / "demo.json").read_bytes())
@@ -142,6 +159,7 @@ def checkpoints(folder: Path = CHECKPOINTS) -> str:
 TABLES = {
     "checkpoints": checkpoints,
     "demo": demo,
+    "folding": folding,
     "models": models,
     "parity": parity,
     "plans": plans,

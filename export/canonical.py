@@ -28,14 +28,14 @@ _MOVED = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Cast", "Identity", "S
 _FOLDED = (*_MOVED, "Pad", "Gather", "Add", "Conv")
 
 
-def canonical(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """Clean an exported graph in place and return it."""
+def canonical(model: onnx.ModelProto, name: str, *, squeeze: bool = True) -> onnx.ModelProto:
+    """Clean an exported graph in place and return it; see ``linear.reorder``."""
     _merge_dimension_names(model)
     fold_constants(model)
     _name_modules(model)
     _rename(model)
     fold_affine(model)
-    reorder(model)
+    reorder(model, squeeze=squeeze)
     _strip(model, name)
     model.ir_version = IR_VERSION
     versions = {o.domain: o.version for o in model.opset_import}

@@ -7,6 +7,8 @@ ort-u8u8  the same with uint8 weights, for processors whose u8 x s8 kernels satu
 trt10     TensorRT 10.3 to 11.4, strongly typed: int8 with zero-point 0, fp16 or fp32 rest.
 trt8      TensorRT 8.6: made from the fp32 graph, opset 17, Gelu in pieces, fp32 scales; a sidecar
           names the layers that the builder must keep in float32.
+trt10-plugin, trt8-plugin: the same where a block of attention to words is one node that the
+          TensorRT plugin computes; integers stop at its border.
 
 All dialects of a plan quantize by the same scales; they differ in encoding and in what surrounds
 the integers. Only the ``ort`` dialects quantize ``stored`` tensors, which their kernels need.
@@ -21,12 +23,14 @@ import onnx
 
 from ..errors import ExportError
 from ..runtime.plan import PartPlan, Plan
+from .fuse import fuse
 from .half import store_half, to_half
 from .lower import to_opset_17
 from .ort import for_ort
 from .qdq import write_qdq
 
 DIALECTS = ("ort", "ort-u8u8", "trt10", "trt8")
+WITH_PLUGIN = {"trt10-plugin": "trt10", "trt8-plugin": "trt8"}
 DIALECT = "refedge.dialect"
 PLAN = "refedge.plan"
 
@@ -34,11 +38,11 @@ PLAN = "refedge.plan"
 def require_dialects(names: Iterable[str]) -> None:
     """Raise ExportError ``dialect-unknown`` for a name that no dialect has."""
     for name in names:
-        if name not in DIALECTS:
+        if name not in (*DIALECTS, *WITH_PLUGIN):
             raise ExportError(
                 "dialect-unknown",
                 f"there is no dialect called {name!r}",
-                why=f"the dialects are {', '.join(DIALECTS)}",
+                why=f"the dialects are {', '.join((*DIALECTS, *WITH_PLUGIN))}",
                 fix="choose among these",
             )
 
@@ -56,12 +60,17 @@ def write_dialect(
     model: onnx.ModelProto, dialect: str, plan: Plan, part: PartPlan
 ) -> tuple[onnx.ModelProto, bytes]:
     """The graph of a part in a dialect, and its sidecar (empty where it has none)."""
-    ort = dialect.startswith("ort")
+    ort, family = dialect.startswith("ort"), WITH_PLUGIN.get(dialect, dialect)
+    if dialect in WITH_PLUGIN:
+        fused = onnx.ModelProto()
+        fused.CopyFrom(model)
+        fuse(fused)
+        model = fused
     out = write_qdq(model, part, unsigned=ort, stored=ort, unsigned_weights=dialect == "ort-u8u8")
     sidecar = b""
-    if dialect == "trt10" and plan.rest == "fp16":
+    if family == "trt10" and plan.rest == "fp16":
         out = to_half(out, part.high)
-    elif dialect == "trt8":
+    elif family == "trt8":
         out = to_opset_17(out)
         record = {"precision": plan.rest, "float32": sorted(part.high)}
         sidecar = json.dumps(record, indent=1).encode() + b"\n"

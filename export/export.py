@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..runtime.manifest import (
 from .bundle import BundleWriter
 from .dialects import mark
 from .from_torch import to_onnx
+from .heads import fold_heads
 from .lint import require_clean
 from .ort import for_ort
 from .parity import measure
@@ -33,20 +34,25 @@ from .weights import split_weights
 from .words import Fold, fold_words
 
 PROFILE = (1, 1, 16)
+REWRITES = ("norm", "heads", "squeeze", "floor")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
 
 
 def export(
-    loaded: Loaded, target: Path, *, say: Callable[[str], None] = print, fold: bool = True
+    loaded: Loaded,
+    target: Path,
+    *,
+    say: Callable[[str], None] = print,
+    rewrites: Collection[str] = REWRITES,
 ) -> Manifest:
     """Trace every part, check it, measure parity, and write ``target`` (a ``.refedge`` folder).
 
-    fold: fold attention to words where it is estimated to pay; without it, graphs to compare with.
+    rewrites: which of ``REWRITES``, described in ``../docs/folding.md``, may be applied where they
+    are estimated to pay; with fewer, graphs to compare with.
 
     Raises ExportError for a graph that breaks a rule or a parity bar; nothing is left behind.
     """
     parts = loaded.model.parts()
-    specs = tuple(_spec(part) for part in parts)
     with BundleWriter(target) as writer:
         canonical: dict[str, str] = {}
         ort: dict[str, str] = {}
@@ -54,8 +60,10 @@ def export(
         models = {}
         for part in parts:
             say(f"tracing {part.name}")
-            models[part.name] = to_onnx(part)
-        folds = fold_words(models) if fold else []
+            models[part.name] = to_onnx(part, squeeze="squeeze" in rewrites)
+        folds = fold_heads(models) if "heads" in rewrites else []
+        folds += fold_words(models) if "norm" in rewrites else []
+        specs = tuple(_spec(part, models[part.name]) for part in parts)
         for part in parts:
             model = models.pop(part.name)
             require_clean(model)
@@ -63,16 +71,17 @@ def export(
             writer.add(f"graphs/{name}", content)
             weights.append(f"graphs/{name}")
             canonical[part.name] = _add_graph(writer, model, part.name)
-            ort[part.name] = _add_graph(
-                writer, for_ort(mark(model, "ort", "fp32")), f"{part.name}.ort.fp32"
-            )
+            dialect = mark(model, "ort", "fp32")
+            if "floor" in rewrites:
+                for_ort(dialect)
+            ort[part.name] = _add_graph(writer, dialect, f"{part.name}.ort.fp32")
         say("measuring parity")
         parity = measure(
             loaded.model,
             specs,
             {name: writer.folder / file for name, file in canonical.items()},
             {"ort fp32": {name: writer.folder / file for name, file in ort.items()}},
-            moved={f.moved for f in folds} - {""},
+            moved={port for f in folds for port in f.moved},
         )
         writer.add("tokenizer.json", loaded.tokenizer.to_str(pretty=True).encode())
         dialects = (
@@ -139,14 +148,13 @@ def _protocol(loaded: Loaded, framing: Framing) -> str:
     return "cris-native" if framing.resize == "letterbox" else "lavt480"
 
 
-def _spec(part: Part) -> PartSpec:
-    return PartSpec(
-        part.name,
-        tuple(_tensor(p) for p in part.inputs),
-        tuple(_tensor(p) for p in part.outputs),
-        PROFILE,
-    )
+def _spec(part: Part, model: onnx.ModelProto) -> PartSpec:
+    """Names and types as the model has them, shapes as the graph does: folding may change one."""
+    shapes = {v.name: v.type.tensor_type.shape for v in (*model.graph.input, *model.graph.output)}
 
+    def tensor(port: Port) -> TensorSpec:
+        found = tuple(d.dim_param or d.dim_value for d in shapes[port.name].dim)
+        return TensorSpec(port.name, port.dtype, found)
 
-def _tensor(port: Port) -> TensorSpec:
-    return TensorSpec(port.name, port.dtype, port.shape)
+    inputs, outputs = (tuple(map(tensor, ports)) for ports in (part.inputs, part.outputs))
+    return PartSpec(part.name, inputs, outputs, PROFILE)

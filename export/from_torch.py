@@ -23,8 +23,10 @@ _TRACED = {BATCH: 4, IMAGES: 2}  # a size of 1 would be taken for a constant
 _LARGEST_BATCH = 64
 
 
-def to_onnx(part: Part) -> onnx.ModelProto:
+def to_onnx(part: Part, *, squeeze: bool = True) -> onnx.ModelProto:
     """Trace one part and bring the graph into refedge's canonical form.
+
+    squeeze: as in ``linear.reorder``; without it, a graph to compare with.
 
     Expressions and pictures are dynamic, everything else fixed: fp32, opset 20, ``ir_version`` 10.
     Raises ExportError where torch cannot trace the module.
@@ -56,7 +58,7 @@ def to_onnx(part: Part) -> onnx.ModelProto:
             why="torch.onnx.export returned None",
             fix="use torch 2.11 or later",
         )
-    return canonical(program.model_proto, part.name)
+    return canonical(program.model_proto, part.name, squeeze=squeeze)
 
 
 def _zeros(part: Part) -> tuple[Tensor, ...]:

@@ -9,12 +9,15 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ..plugins.onnx_function import DOMAIN
 from .canonical import MODULE, module_of
 from .graph import GraphIndex
 
 _LARGEST = 65504.0
 # operators whose float inputs are not data: sizes and regions of interest stay float32
 _FLOAT_SETTINGS = {"Resize": (1, 2)}
+# outputs that are float32 whatever the operator computes in
+_FLOAT_OUTPUTS = {"NormAttention_float32": (1,)}
 
 
 def store_half(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -97,8 +100,12 @@ class _Typer:
                 to.i = wanted
             self._kind[node.output[0]] = to.i
         else:
-            for name in node.output:
-                self._kind[name] = wanted if self._index.is_float(name) else TensorProto.UNDEFINED
+            fixed = _FLOAT_OUTPUTS.get(node.op_type, ())
+            for position, name in enumerate(node.output):
+                made = TensorProto.FLOAT if position in fixed else wanted
+                self._kind[name] = made if self._index.is_float(name) else TensorProto.UNDEFINED
+            if node.domain == DOMAIN and wanted == TensorProto.FLOAT16:
+                node.op_type = node.op_type.replace("float32", "float16")
             if node.op_type == "DequantizeLinear":
                 self._kind[node.output[0]] = wanted
         self._nodes.append(node)

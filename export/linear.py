@@ -17,9 +17,13 @@ from .graph import GraphIndex, attribute
 from .rewrite import add, declare, node_of, only, pointwise, replace, rewrite
 
 
-def reorder(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Apply all rules until none fits any more; changes the model in place."""
-    return rewrite(model, (_convolve_thin_factor, _sum_channels_last, _own_factor, _squeeze_first))
+def reorder(model: onnx.ModelProto, *, squeeze: bool = True) -> onnx.ModelProto:
+    """Apply all rules until none fits any more; changes the model in place.
+
+    squeeze: 1x1 convolutions before upsampling too.
+    """
+    rules = (_convolve_thin_factor, _sum_channels_last, _own_factor)
+    return rewrite(model, (*rules, _squeeze_first) if squeeze else rules)
 
 
 def _convolve_thin_factor(index: GraphIndex, node: onnx.NodeProto) -> bool:

@@ -14,6 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..errors import ExportError
+from ..plugins.onnx_function import DOMAIN
 from .canonical import MODULE, module_of
 from .graph import GraphIndex
 
@@ -112,6 +113,8 @@ def _even(index: GraphIndex, node: onnx.NodeProto) -> bool:
 
 
 def _require(node: onnx.NodeProto) -> None:
+    if node.domain == DOMAIN:
+        return
     try:
         schema = onnx.defs.get_schema(node.op_type, OPSET)
     except onnx.defs.SchemaError as error:

@@ -62,7 +62,9 @@ def add(index: GraphIndex, name: str, value: npt.NDArray[np.generic]) -> str:
 
 def declare(index: GraphIndex, name: str, like: str, dims: Iterable[int] | None = None) -> None:
     """A new tensor has the type and batch of another; dims: its other axes, if they differ."""
-    value = next((v for v in index.model.graph.value_info if v.name == like), None)
+    graph = index.model.graph
+    values = (*graph.value_info, *graph.input, *graph.output)
+    value = next((v for v in values if v.name == like), None)
     if value is None:
         return
     copy = index.model.graph.value_info.add()

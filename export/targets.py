@@ -13,7 +13,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from ..plugins.onnx_function import DOMAIN
 from .canonical import module_of
+from .dialects import WITH_PLUGIN
 from .graph import GraphIndex, attribute
 from .lint import CONTROL_FLOW, DATA_DEPENDENT, Finding, refuse
 from .operators import TYPES
@@ -37,6 +39,10 @@ class Target:
     uint8_nodes: tuple[str, ...] | None
 
 
+_FUSED = {
+    "NormAttention_float32": frozenset({TensorProto.FLOAT}),
+    "NormAttention_float16": frozenset({TensorProto.FLOAT16}),
+}
 _UNSIGNED = (TensorProto.UINT8, 128)
 _SIGNED = (TensorProto.INT8, 0)
 TARGETS = {
@@ -44,6 +50,8 @@ TARGETS = {
     "ort-u8u8": Target(20, 10, None, _UNSIGNED, None),
     "trt10": Target(20, 10, TYPES["trt10"], _SIGNED, ("Cast",)),
     "trt8": Target(17, 8, TYPES["trt8"], _SIGNED, ("Cast",)),
+    "trt10-plugin": Target(20, 10, TYPES["trt10"] | _FUSED, _SIGNED, ("Cast",)),
+    "trt8-plugin": Target(17, 8, TYPES["trt8"] | _FUSED, _SIGNED, ("Cast",)),
 }
 
 
@@ -59,6 +67,8 @@ def lint_target(model: onnx.ModelProto, dialect: str) -> list[Finding]:
     target = TARGETS[dialect]
     findings = []
     versions = {o.domain: o.version for o in model.opset_import}
+    if dialect in WITH_PLUGIN:
+        versions.pop(DOMAIN, None)
     if versions != {"": target.opset} or model.ir_version != target.ir_version:
         found = f"opsets {versions}, ir_version {model.ir_version}"
         findings.append(Finding("opset", "-", "", f"{found} for {dialect}"))
@@ -147,7 +157,10 @@ def _topk(index: GraphIndex, node: onnx.NodeProto) -> Iterable[Finding]:
 
 
 def _types(model: onnx.ModelProto, operators: Mapping[str, frozenset[int]]) -> Iterable[Finding]:
-    """Nodes whose data is of a type that the parser does not take there."""
+    """Nodes whose data is of a type that the parser does not take there.
+
+    Behind a fused node types are not known to onnx; there nothing is said.
+    """
     graph = onnx.shape_inference.infer_shapes(model).graph
     types = {t.name: t.data_type for t in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
@@ -155,6 +168,8 @@ def _types(model: onnx.ModelProto, operators: Mapping[str, frozenset[int]]) -> I
     for node in graph.node:
         data = node.input[1 if node.op_type == "Where" else 0]
         kind = types.get(data, TensorProto.UNDEFINED)
+        if kind == TensorProto.UNDEFINED and any(n.domain == DOMAIN for n in graph.node):
+            continue
         if node.op_type in operators and kind not in operators[node.op_type]:
             name = TensorProto.DataType.Name(kind)
             yield _finding("operator-type", node, f"{node.op_type} takes no {name}")

@@ -30,12 +30,12 @@ from .rewrite import add, declare, node_of, only, replace, rewrite
 STATISTICS = "/statistics/"
 
 # nanoseconds on one core, fitted to ONNX Runtime's profile; ../docs/folding.md compares
-_DENSE = 0.0165  # a multiply-add of a convolution with C channels on both sides
-_THIN = 0.036  # of a product whose inner or outer size is the number of words
-_SQUARE = 0.06  # of words times words
-_PASS = 0.45  # reading and writing an element once: an activation, a change of layout
-_NORM = 0.6  # an element of an instance norm
-_CALL = 5000.0  # a node
+DENSE = 0.0165  # a multiply-add of a convolution with C channels on both sides
+THIN = 0.036  # of a product whose inner or outer size is the number of words
+SQUARE = 0.06  # of words times words
+PASS = 0.45  # reading and writing an element once: an activation, a change of layout
+NORM = 0.6  # an element of an instance norm
+CALL = 5000.0  # a node
 
 
 @dataclass(frozen=True)
@@ -56,38 +56,39 @@ class Block:
     def unfolded_us(self) -> float:
         """Estimated microseconds of what folding replaces."""
         n, c, t, gates = self.pixels, self.channels, self.words, sum(self.gates)
-        dense = n * c * (self.projection + gates) * _DENSE
-        layouts = n * c * (2 * bool(self.projection) + len(self.gates)) * _PASS
-        product = n * (self.projection or c) * t * _THIN
-        calls = (2 + bool(self.projection) + len(self.gates)) * _CALL
-        return (dense + layouts + product + n * c * _NORM + calls) / 1e3
+        dense = n * c * (self.projection + gates) * DENSE
+        layouts = n * c * (2 * bool(self.projection) + len(self.gates)) * PASS
+        product = n * (self.projection or c) * t * THIN
+        calls = (2 + bool(self.projection) + len(self.gates)) * CALL
+        return (dense + layouts + product + n * c * NORM + calls) / 1e3
 
     @property
     def folded_us(self) -> float:
         """Estimated microseconds of what folding puts there, the text part's share apart."""
         n, c, t, gates = self.pixels, self.channels, self.words, sum(self.gates)
-        products = (n * t * (c + gates) + c * t * gates) * _THIN
-        statistics = (n * t * t + c * t * t) * _SQUARE + 2 * n * t * _PASS
-        layouts = 2 * n * gates * _PASS
-        return (products + statistics + layouts + (16 + 2 * len(self.gates)) * _CALL) / 1e3
+        products = (n * t * (c + gates) + c * t * gates) * THIN
+        statistics = (n * t * t + c * t * t) * SQUARE + 2 * n * t * PASS
+        layouts = 2 * n * gates * PASS
+        return (products + statistics + layouts + (16 + 2 * len(self.gates)) * CALL) / 1e3
 
 
 @dataclass(frozen=True)
 class Fold:
     """What became of one block: its node and shape, ``folded`` or ``left``, and why.
 
-    moved: port of the text part that now carries projected values; empty where none does.
+    moved: ports of the text part that now carry something else. kind: which module folds such.
     """
 
     node: str
-    block: Block
+    block: Any  # Block, or heads.Heads
     folded: bool
     why: str
-    moved: str = ""
+    moved: tuple[str, ...] = ()
+    kind: str = "instance-norm"
 
     def record(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"kind": "instance-norm", **asdict(self)}
+        return asdict(self)
 
 
 @dataclass
@@ -117,7 +118,7 @@ def fold_words(
     """
     mask = parts["mask"]
     index = GraphIndex(mask)
-    found = [f for f in (_recognise(index, n) for n in index.nodes) if f is not None]
+    found = [f for f in (recognise(index, n) for n in index.nodes) if f is not None]
     chosen = [f for f in found if decide(f.block)]
     moved = _move(index, chosen, parts.get("text"))
     done = [
@@ -126,20 +127,20 @@ def fold_words(
             f.block,
             f in chosen,
             f"estimated {f.block.folded_us:.0f} µs folded, {f.block.unfolded_us:.0f} µs as it was",
-            moved.get(f.norm.name, ""),
+            moved.get(f.norm.name, ()),
         )
         for f in found
     ]
     for name in [f.norm.name for f in chosen]:
         index = GraphIndex(mask)
-        again = _recognise(index, next(n for n in index.nodes if n.name == name))
+        again = recognise(index, next(n for n in index.nodes if n.name == name))
         if again is not None:
             _fold(index, again, bool(moved.get(name)))
     rewrite(mask, ())
     return done
 
 
-def _recognise(index: GraphIndex, norm: onnx.NodeProto) -> _Found | None:
+def recognise(index: GraphIndex, norm: onnx.NodeProto) -> _Found | None:
     """The block that ends in this norm; None where there is none."""
     if norm.op_type != "InstanceNormalization" or not _plain(index, norm):
         return None
@@ -201,7 +202,9 @@ def _matrix(index: GraphIndex, conv: onnx.NodeProto) -> np.ndarray[Any, np.dtype
     return weight.reshape(weight.shape[:2])
 
 
-def _move(index: GraphIndex, chosen: list[_Found], text: onnx.ModelProto | None) -> dict[str, str]:
+def _move(
+    index: GraphIndex, chosen: list[_Found], text: onnx.ModelProto | None
+) -> dict[str, tuple[str, ...]]:
     """Let the text part project the values of the chosen blocks; norm to the port that changed.
 
     A port moves as a whole: each of its slices must feed one chosen block and nothing else.
@@ -217,14 +220,14 @@ def _move(index: GraphIndex, chosen: list[_Found], text: onnx.ModelProto | None)
             slot = int(index.constant(pick.input[1]))
             if only(index, pick.output[0]):
                 wanted.setdefault(pick.input[0], {})[slot] = found
-    moved: dict[str, str] = {}
+    moved: dict[str, tuple[str, ...]] = {}
     for port, slots in wanted.items():
         shape, picks = index.shape(port), index.readers[port]
         if shape is None or sorted(slots) != list(range(shape[1])) or len(picks) != len(slots):
             continue
         matrices = [_matrix(index, f.projection) for _, f in sorted(slots.items()) if f.projection]
         if _project(text, port, matrices):
-            moved |= {f.norm.name: port for f in slots.values()}
+            moved |= {f.norm.name: (port,) for f in slots.values()}
     return moved
 
 

@@ -7,18 +7,22 @@ centring compute in float32 whatever the dtype; rounding comes after ``P - mean(
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 from onnx import parser
 
 DOMAIN = "refedge"
 OPSET = 20
-Dtype = Literal["float32", "float16"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+_TO = {"float16": 10, "bfloat16": 16}  # of onnx.TensorProto
 _MASKED = "-10000.0"
+# attributes by which TensorRT's parser finds a plugin; the function has no use for them
+PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+_PLUGIN = ", ".join(f'{name}: string = "{value}"' for name, value in PLUGIN.items())
 
 _CROSS = """
-CrossAttention_{dtype} (x, keys, values, words) => (y) {{
+CrossAttention_{dtype} <{plugin}> (x, keys, values, words) => (y) {{
   heads = Constant <value_ints = [1]> ()
   middle = Constant <value_ints = [1, 2]> ()
   wide = Unsqueeze (x, heads)
@@ -34,7 +38,7 @@ CrossAttention_{dtype} (x, keys, values, words) => (y) {{
 }}"""
 
 _NORM = """
-NormAttention_{dtype} <epsilon: float = 1e-5> (query, keys, values, words, first, second)
+NormAttention_{dtype} <epsilon: float = 1e-5, {plugin}> (query, keys, values, words, first, second)
     => (y, relevance) {{
   last = Constant <value_ints = [2]> ()
   over = Constant <value_ints = [1]> ()
@@ -75,7 +79,7 @@ NormAttention_{dtype} <epsilon: float = 1e-5> (query, keys, values, words, first
 }}"""
 
 _MUTUAL = """
-MutualAttention_{dtype} (keys, values, words, seen_keys, seen_values) => (y, told) {{
+MutualAttention_{dtype} <{plugin}> (keys, values, words, seen_keys, seen_values) => (y, told) {{
   heads = Constant <value_ints = [1]> ()
   sides = Constant <value_ints = [1, 3]> ()
   flat = Constant <value_ints = [0, -1, 0]> ()
@@ -116,16 +120,34 @@ _BODIES = {"CrossAttention": _CROSS, "NormAttention": _NORM, "MutualAttention": 
 
 def function(operator: str, dtype: Dtype = "float32") -> onnx.FunctionProto:
     """The function of an operator: ``CrossAttention``, ``NormAttention``, ``MutualAttention``."""
-    up, down = (
-        ("Identity", "Identity") if dtype == "float32" else ("Cast <to = 1>", "Cast <to = 10>")
-    )
-    body = _BODIES[operator].format(dtype=dtype, up=up, down=down, masked=_MASKED)
+    up, down = "Identity", "Identity"
+    if dtype in _TO:
+        up, down = "Cast <to = 1>", f"Cast <to = {_TO[dtype]}>"
+    body = _BODIES[operator].format(dtype=dtype, up=up, down=down, masked=_MASKED, plugin=_PLUGIN)
     head = f'<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">'
     return parser.parse_function(head + body)
 
 
 def node(
-    operator: str, inputs: list[str], outputs: list[str], dtype: Dtype = "float32", name: str = ""
+    operator: str,
+    inputs: list[str],
+    outputs: list[str],
+    dtype: Dtype = "float32",
+    name: str = "",
+    **attributes: float,
 ) -> onnx.NodeProto:
-    """A call of the function; the model needs it among its functions, and the domain imported."""
-    return onnx.helper.make_node(f"{operator}_{dtype}", inputs, outputs, name, domain=DOMAIN)
+    """A call of the function, which the model needs among its functions; see ``attach``."""
+    kind = f"{operator}_{dtype}"
+    settings: dict[str, Any] = {**PLUGIN, **attributes}
+    return onnx.helper.make_node(kind, inputs, outputs, name, domain=DOMAIN, **settings)
+
+
+def attach(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Give a model the functions that its nodes call; in place."""
+    called = {n.op_type for n in model.graph.node if n.domain == DOMAIN}
+    for name in sorted(called - {f.name for f in model.functions}):
+        operator, _, dtype = name.rpartition("_")
+        model.functions.append(function(operator, dtype))
+    if called and DOMAIN not in {o.domain for o in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    return model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .onnx_function import DOMAIN
+from .onnx_function import DOMAIN, PLUGIN
 
 _MASKED = -1e4
 
@@ -75,7 +75,7 @@ def register() -> dict[str, Any]:
 def apply(operator: str, *inputs: Tensor) -> Any:
     """Run an operator by its name; while torch exports to ONNX, one node of domain ``refedge``.
 
-    The exported model calls ``onnx_function.function(operator, dtype)`` and has to hold it.
+    ``onnx_function.attach`` gives the exported model the functions that it then calls.
     """
     made = register()
     if not torch.onnx.is_in_onnx_export():
@@ -84,7 +84,9 @@ def apply(operator: str, *inputs: Tensor) -> Any:
     name = f"{DOMAIN}::{operator}_{dtype}"
     shapes = _shapes(operator, inputs)
     kinds = [inputs[0].dtype, torch.float32][: len(shapes)]
-    found = torch.onnx.ops.symbolic_multi_out(name, inputs, dtypes=kinds, shapes=shapes, version=1)
+    found = torch.onnx.ops.symbolic_multi_out(
+        name, inputs, dict(PLUGIN), dtypes=kinds, shapes=shapes, version=1
+    )
     return found[0] if len(shapes) == 1 else tuple(found)
 
 

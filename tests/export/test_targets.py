@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from refedge.errors import ExportError
-from refedge.export.dialects import DIALECTS
+from refedge.export.dialects import DIALECTS, WITH_PLUGIN
 from refedge.export.lower import to_opset_17
 from refedge.export.qdq import write_qdq
 from refedge.export.targets import TARGETS, lint_qdq, lint_target, require_target
@@ -261,7 +261,7 @@ def test_the_encodings_are_not_each_others() -> None:
 
 
 def test_every_dialect_has_a_target() -> None:
-    assert set(TARGETS) == set(DIALECTS)
+    assert set(TARGETS) == {*DIALECTS, *WITH_PLUGIN}
 
 
 def test_the_real_graphs_are_fit(quantized: Path) -> None:

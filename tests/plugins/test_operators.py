@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from refedge.plugins import reference, torch_op
-from refedge.plugins.onnx_function import DOMAIN, OPSET, function, node
+from refedge.plugins.onnx_function import DOMAIN, OPSET, PLUGIN, attach, function, node
 
 Feeds = dict[str, np.ndarray]
 REFERENCES: dict[str, Callable[..., Any]] = {
@@ -67,17 +67,19 @@ def by_onnx(operator: str, feeds: Feeds, dtype: str = "float32") -> list[np.ndar
             for i, (n, rank) in enumerate(zip(outputs, RANKS[operator], strict=True))
         ],
     )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(
-        graph, opset_imports=opsets, functions=[function(operator, dtype)], ir_version=10
-    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = attach(helper.make_model(graph, opset_imports=opsets, ir_version=10))
     onnx.checker.check_model(model)
+    return on_runtime(model, fed)
+
+
+def on_runtime(model: onnx.ModelProto, fed: Feeds) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    found: list[np.ndarray] = session.run(outputs, fed)
+    found: list[np.ndarray] = session.run(None, fed)
     return found
 
 
@@ -125,7 +127,7 @@ def test_half_precision_keeps_what_a_flat_attention_holds(operator: str) -> None
 
 def test_functions_cast_to_a_named_type() -> None:
     for operator in REFERENCES:
-        for dtype in ("float32", "float16"):
+        for dtype in ("float32", "float16", "bfloat16"):
             kinds = {n.op_type for n in function(operator, dtype).node}
             assert "CastLike" not in kinds
 
@@ -140,3 +142,77 @@ def test_padded_words_take_no_part() -> None:
         np.testing.assert_allclose(found, value, atol=1e-12)
     for found, value in zip(by_onnx("NormAttention", feeds), wanted, strict=True):
         np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-3)
+
+
+class AllOperators(torch.nn.Module):
+    """Each operator once; the inputs of one after those of another."""
+
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out: list[torch.Tensor] = []
+        rest = list(given)
+        for operator in REFERENCES:
+            taken = [rest.pop(0) for _ in range(COUNTS[operator])]
+            found = torch_op.apply(operator, *taken)
+            out += found if isinstance(found, tuple) else [found]
+        return tuple(out)
+
+
+COUNTS = {"CrossAttention": 4, "NormAttention": 6, "MutualAttention": 5}
+
+
+def test_torch_exports_one_node_each() -> None:
+    """As ``export.from_torch`` exports, with a dynamic batch; run at another than was traced."""
+    feeds = {o: inputs(o, 3, 20, 5, 2, seed) for seed, o in enumerate(REFERENCES)}
+    flat = {f"{o}_{n}": v for o, given in feeds.items() for n, v in given.items()}
+    traced = tuple(torch.from_numpy(v[:2]) for v in flat.values())
+    # weights of the gate have no batch
+    batch = torch.export.Dim("batch", min=1, max=8)
+    sizes = tuple({} if n.endswith(("first", "second")) else {0: batch} for n in flat)
+    traced = tuple(
+        torch.from_numpy(v) if not size else t for v, size, t in
+        zip(flat.values(), sizes, traced, strict=True)
+    )  # fmt: skip
+    with torch.no_grad():
+        program = torch.onnx.export(
+            AllOperators(), traced, dynamo=True, opset_version=OPSET, optimize=True,
+            verbose=False, input_names=list(flat), dynamic_shapes=(sizes,),
+        )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    assert [(n.domain, n.op_type) for n in model.graph.node] == [
+        (DOMAIN, f"{operator}_float32") for operator in REFERENCES
+    ]
+    for item in model.graph.node:
+        settings = {a.name: helper.get_attribute_value(a).decode() for a in item.attribute}
+        assert settings == PLUGIN
+    attach(model)
+    onnx.checker.check_model(model, full_check=True)
+    found = on_runtime(model, flat)
+    wanted = [value for o, given in feeds.items() for value in expected(o, given)]
+    for mine, value in zip(found, wanted, strict=True):
+        size = max(1.0, float(np.abs(value).max()))
+        np.testing.assert_allclose(mine, value, rtol=1e-3, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("operator", list(REFERENCES))
+def test_bfloat16_is_well_typed(operator: str) -> None:
+    """ONNX Runtime's processor kernels have no such product, so types are all that is checked."""
+    feeds = inputs(operator, 1, 9, 4, 2, 0)
+    half = TensorProto.BFLOAT16
+    outputs = [f"out{i}" for i in range(len(RANKS[operator]))]
+    graph = helper.make_graph(
+        [node(operator, list(feeds), outputs, "bfloat16")],
+        "one",
+        [
+            helper.make_tensor_value_info(n, TensorProto.BOOL if v.dtype == bool else half, v.shape)
+            for n, v in feeds.items()
+        ],
+        [
+            helper.make_tensor_value_info(n, half if i == 0 else TensorProto.FLOAT, [None] * rank)
+            for i, (n, rank) in enumerate(zip(outputs, RANKS[operator], strict=True))
+        ],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = attach(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    onnx.checker.check_model(model, full_check=True)
+    assert [f.name for f in model.functions] == [f"{operator}_bfloat16"]
