@@ -7,7 +7,7 @@ from pathlib import Path
 from refedge.errors import BundleError, RefedgeError
 
 FAMILIES = (
-    "backend|bench|bundle|calibrate|checkpoint|config|convert|data|dialect|engine|export|expression|image"
+    "backend|bench|bundle|calibrate|checkpoint|config|convert|cuda|data|dialect|engine|export|expression|image"
     "|mask|model|output|plan|plugin|protocol|result|threads|tokenizer|train|weights"
 )
 ROOT = Path(__file__).parent.parent
