@@ -11,6 +11,7 @@ with integrated memory, what the host writes and reads is page-locked and mapped
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from ...errors import BackendError
 _LIBRARY = "libcuda.so.1"
 _OUT_OF_MEMORY = 2
 _INTEGRATED, _MAJOR, _MINOR = 18, 75, 76  # CUdevice_attribute
+_STEP = 2 << 20  # bytes
 _THREAD_LOCAL = 1  # CUstreamCaptureMode: what other threads do is not captured
 _SIGNATURES: dict[str, list[Any]] = {
     "cuInit": [c_uint],
@@ -151,19 +153,27 @@ class Block:
         self._pool.append(self._memory)
 
 
-@dataclass(frozen=True)
 class Pinned:
     """Page-locked host memory, as bytes, and where the device sees it: 0 if not mapped."""
 
-    array: npt.NDArray[np.uint8]
-    address: int
+    def __init__(self, memory: Any, nbytes: int, address: int, pool: list[Any]) -> None:
+        self.array: npt.NDArray[np.uint8] = memory[:nbytes]
+        self.address = address
+        self._memory, self._pool = memory, pool
+
+    def __del__(self) -> None:
+        self._pool.append(self._memory)
 
 
-class Cuda:
-    """Context, stream and memory; one per backend. Enter ``current()`` around everything."""
+class _Process:
+    """The primary context and what of its memory is free; kept until the process ends.
+
+    pycuda's objects may die only where their context is current, or in the thread that retained
+    it. Ours die in any thread, so what they held goes to a pool, which ``current`` may empty.
+    """
 
     def __init__(self) -> None:
-        self.device = device()
+        library()  # says more than pycuda's ImportError does
         try:
             import pycuda.driver
         except ImportError as error:
@@ -173,12 +183,44 @@ class Cuda:
                 why=str(error),
                 fix="pip install 'refedge[tensorrt]'",
             ) from error
-        self._driver = pycuda.driver
-        self._pools: dict[int, list[Any]] = {}
-        self._driver.init()
-        self._context = self._driver.Device(0).retain_primary_context()
+        self.driver = pycuda.driver
+        self.driver.init()
+        self.context = self.driver.Device(0).retain_primary_context()
+        # left to its destructor, pycuda detaches a primary context as if it had made it
+        atexit.register(self.context.detach)
+        self.pools: dict[tuple[str, int], list[Any]] = {}
+
+    def free(self, kind: str, size: int, make: Callable[[], Any]) -> tuple[Any, list[Any]]:
+        """What is free of a kind and size, or a new one; and the pool that it goes back to."""
+        pool = self.pools.setdefault((kind, size), [])
+        if pool:
+            return pool.pop(), pool
+        try:
+            return make(), pool
+        except self.driver.MemoryError:
+            for other in self.pools.values():
+                other.clear()
+            return make(), pool
+
+
+@functools.cache
+def _process() -> _Process:
+    return _Process()
+
+
+class Cuda:
+    """A stream and its memory; one per backend. Enter ``current`` around everything."""
+
+    def __init__(self) -> None:
+        self.device = device()
+        self._process = _process()
+        self._driver = self._process.driver
         with self.current("make a stream"):
-            self._stream = self._driver.Stream()
+            self._stream, self._streams = self._process.free("stream", 0, self._driver.Stream)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_streams"):
+            self._streams.append(self._stream)
 
     @property
     def stream(self) -> int:
@@ -188,7 +230,7 @@ class Cuda:
     @contextmanager
     def current(self, doing: str) -> Iterator[None]:
         """Make the context this thread's; the driver's errors become BackendError."""
-        self._context.push()
+        self._process.context.push()
         try:
             yield
         except self._driver.Error as error:
@@ -198,17 +240,20 @@ class Cuda:
             self._driver.Context.pop()
 
     def take(self, nbytes: int) -> Block:
-        """Device memory of at least so many bytes, from what was given back or new."""
-        size = max(256, 1 << (nbytes - 1).bit_length())
-        pool = self._pools.setdefault(size, [])
-        return Block(pool.pop() if pool else self._driver.mem_alloc(size), nbytes, pool)
+        """Device memory of at least so many bytes."""
+        size = _rounded(nbytes)
+        make = functools.partial(self._driver.mem_alloc, size)
+        memory, pool = self._process.free("device", size, make)
+        return Block(memory, nbytes, pool)
 
     def pinned(self, nbytes: int, *, mapped: bool = False) -> Pinned:
         """Page-locked host memory; ``mapped`` gives it an address on the device."""
         flags = self._driver.host_alloc_flags.DEVICEMAP if mapped else 0
-        array = self._driver.pagelocked_empty(max(1, nbytes), np.uint8, mem_flags=flags)
-        address = int(array.base.get_device_pointer()) if mapped else 0
-        return Pinned(array[:nbytes], address)
+        size = _rounded(nbytes)
+        make = functools.partial(self._driver.pagelocked_empty, size, np.uint8, mem_flags=flags)
+        memory, pool = self._process.free("mapped" if mapped else "pinned", size, make)
+        address = int(memory.base.get_device_pointer()) if mapped else 0
+        return Pinned(memory, nbytes, address, pool)
 
     def upload(self, address: int, host: npt.NDArray[np.uint8]) -> None:
         """Host to device, in the stream's order."""
@@ -225,6 +270,13 @@ class Cuda:
     def wait(self) -> None:
         """Until all that was asked for is done."""
         self._stream.synchronize()
+
+
+def _rounded(nbytes: int) -> int:
+    """A power of two, or from 2 MiB on a multiple of it, so that pools have few sizes."""
+    return (
+        max(256, 1 << (nbytes - 1).bit_length()) if nbytes < _STEP else -(-nbytes // _STEP) * _STEP
+    )
 
 
 class Graph:

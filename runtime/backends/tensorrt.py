@@ -280,9 +280,11 @@ _plugins: dict[str, Any] = {}  # SHA-256 to library; one that is loaded twice is
 
 
 def _deserialise(data: bytes, spec: EngineSpec) -> _Engine:
-    held = _engines.get(spec.sha256)
+    trt, logger = tensorrt()
+    # 8.6 lends an engine's profile to one context only
+    shared = hasattr(trt, "ExecutionContextAllocationStrategy")
+    held = _engines.get(spec.sha256) if shared else None
     if held is None:
-        trt, logger = tensorrt()
         logger.take()
         runtime = trt.Runtime(logger)
         engine = runtime.deserialize_cuda_engine(data)

@@ -33,7 +33,7 @@ class HostCuda:
 
     def pinned(self, nbytes: int, *, mapped: bool = False) -> Pinned:
         array = np.zeros(nbytes, np.uint8)
-        return Pinned(array, array.ctypes.data if mapped else 0)
+        return Pinned(array, nbytes, array.ctypes.data if mapped else 0, [])
 
     def upload(self, address: int, host: np.ndarray) -> None:
         self.moved["up"] += host.nbytes
