@@ -156,10 +156,7 @@ class TensorRTPart:
         with self._cuda.current(f"run the part {self._name}"):
             shapes = tuple(place.write(inputs[place.name], self._name) for place in self._inputs)
             ready = self._ready(shapes)
-            if ready.graph is None:
-                self._enqueue(ready.context)
-            else:
-                ready.graph.launch()
+            self._launch(ready)
             found = self._leave(ready.outputs) if not self._to_host else {}
             for place, shape in zip(self._outputs, ready.outputs, strict=True):
                 if self._to_host:
@@ -171,6 +168,19 @@ class TensorRTPart:
             if not ready.tried:
                 self._capture(ready)
         return found
+
+    def again(self) -> None:
+        """What ran last once more, on what still lies there: the engine's own share of a run."""
+        ready = next(reversed(self._held.values()))
+        with self._cuda.current(f"run the part {self._name} again"):
+            self._launch(ready)
+            self._cuda.wait()
+
+    def _launch(self, ready: _Ready) -> None:
+        if ready.graph is None:
+            self._enqueue(ready.context)
+        else:
+            ready.graph.launch()
 
     def _ready(self, shapes: Shapes) -> _Ready:
         if shapes not in self._held:
