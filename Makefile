@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: demo methods parity test lint types tests py310 clean
+.PHONY: demo methods parity test lint types tests py310 gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/refedge demo $(MODEL)
@@ -63,6 +63,12 @@ parity: $(VENV)/.installed
 	    failed="$$failed $$f"; \
 	  rm -rf out/parity/$$f-paper.refedge; \
 	done; test -z "$$failed" || { echo "no parity:$$failed"; exit 1; }
+
+# everything that needs a GPU, on the host's own Python where there is no .venv; elsewhere dry checks
+BUDGET     ?= 25
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu: .mypath/refedge
+	PYTHONPATH=.mypath $(GPU_PYTHON) -m refedge.benchmarks.gpu.run --budget $(BUDGET)
 
 clean:
 	rm -rf $(VENV) $(VENV)310 .mypath build dist out *.egg-info

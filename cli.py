@@ -17,7 +17,7 @@ import click
 
 from . import __version__
 from .cli_engines import build, doctor, inspect
-from .cli_weights import convert, models, train
+from .cli_weights import convert, export, models, train
 from .errors import RefedgeError, RefedgeWarning
 
 Item = TypeVar("Item")
@@ -49,7 +49,7 @@ class _Group(click.Group):
 
 @click.group(
     cls=_Group,
-    commands=[train, convert, models, build, inspect, doctor],
+    commands=[train, convert, export, models, build, inspect, doctor],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__)
@@ -58,53 +58,11 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.")
-@click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
-@click.option("--weights", type=click.Path(path_type=Path), help="safetensors in official layout.")
-@click.option("--seed", type=int, default=0, help="Of the weights of a configuration.")
-@click.option("--fold/--no-fold", default=True, help="Apply rewrites that pay; or none.")
-@click.option("--rewrite", "chosen", multiple=True, help="Of these alone: norm, heads, ….",
-              type=click.Choice(("norm", "heads", "squeeze", "floor")))  # fmt: skip
-def export(
-    model: str,
-    output: Path | None,
-    size: int | None,
-    weights: Path | None,
-    seed: int,
-    fold: bool,
-    chosen: tuple[str, ...],
-) -> None:
-    """Export MODEL to a bundle and measure its parity.
-
-    MODEL is a shipped checkpoint (slvit-tiny, or slvit alone), a folder that `refedge train`
-    wrote, or a configuration (slvit:paper), whose weights are seeded unless --weights is given.
-    """
-    from .data.refshapes.expressions import words
-    from .export.export import REWRITES
-    from .export.export import export as run
-    from .models.checkpoint import open_model
-
-    loaded = open_model(model, words(), size=size, weights=weights, seed=seed)
-    target = output or Path(f"{Path(model.replace(':', '-')).name}.refedge")
-    manifest = run(loaded, target, say=_say, rewrites=(chosen or REWRITES) if fold else ())
-    if manifest.folding:
-        done = sum(f["folded"] for f in manifest.folding)
-        _say(f"folded {done} of {len(manifest.folding)} blocks of attention to words")
-    rows = [
-        [run, f"{r['end_to_end']['sigma']:.1e}", f"{r['end_to_end']['iou']:.5f}"]
-        for run, r in manifest.parity["runs"].items()
-    ]
-    _table("parity with torch", ("graph", "logits, σ", "mask IoU"), rows)
-    size_mb = sum(f.bytes for f in manifest.files.values()) / 1e6
-    _say(f"wrote {target} ({size_mb:.1f} MB)")
-
-
-@main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("image", type=click.Path(path_type=Path))
 @click.argument("expressions", nargs=-1, required=True)
 @click.option("--plan", default="fp32", show_default=True)
+@click.option("--backend", default="auto", show_default=True, help="As refedge.load takes it.")
 @click.option("--threads", type=int, help="Threads per operator.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Overlay PNG to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print RLE, score and timings as JSON.")
@@ -113,6 +71,7 @@ def run(
     image: Path,
     expressions: tuple[str, ...],
     plan: str,
+    backend: str,
     threads: int | None,
     output: Path | None,
     as_json: bool,
@@ -123,7 +82,8 @@ def run(
     from .runtime.files import write_png
     from .runtime.segmenter import load
 
-    masks = load(bundle, plan=plan, threads=threads).scene(image).segment(expressions)
+    segmenter = load(bundle, plan=plan, backend=backend, threads=threads)
+    masks = segmenter.scene(image).segment(expressions)
     for i, mask in enumerate(masks):
         name = output or image.with_name(f"{image.stem}.mask.png")
         path = name if len(masks) == 1 else name.with_name(f"{name.stem}.{i + 1}{name.suffix}")
@@ -219,10 +179,12 @@ def evaluate(
     rules = protocol_named(protocol or manifest.protocol)
     items = open_items(data, manifest.preprocess, rules, root=root, limit=limit)
     result = run(segmenters, items, rules, data, progress=_progress("evaluating"))
-    _table(f"{bundle.name} on {data}, {len(items)} items, protocol {rules.name}", *table(result))
+    print_table(
+        f"{bundle.name} on {data}, {len(items)} items, protocol {rules.name}", *table(result)
+    )
     header, rows = changes(result)
     if rows:
-        _table("against fp32", header, rows)
+        print_table("against fp32", header, rows)
     if output is not None:
         write_json(result.record(), output)
     if report is not None:
@@ -263,7 +225,7 @@ def bench(
             rounds=rounds,
             progress=_progress("timing"),
         )
-        _table(f"{expressions} expressions about one picture", *scene.table(times))
+        print_table(f"{expressions} expressions about one picture", *scene.table(times))
         if output is not None:
             scene.write_scene_times(times, output, bundle, expressions)
         return
@@ -279,7 +241,7 @@ def bench(
         progress=_progress("timing"),
     )
     for title, header, rows in table(result):
-        _table(title, header, rows)
+        print_table(title, header, rows)
     if output is not None:
         write_bench(result, output)
 
@@ -294,7 +256,7 @@ def compare(before: Path, after: Path, slower: float, lower: float) -> None:
     from .benchmarks.compare import compare as run
 
     result = run(before, after, slower=slower / 100.0, lower=lower / 100.0)
-    _table(result.title, result.header, result.rows)
+    print_table(result.title, result.header, result.rows)
     for line in result.worse:
         _say(f"worse: {line}")
     sys.exit(1 if result.worse else 0)
@@ -350,7 +312,7 @@ def demo(model: str, output: Path, scenes: int, rounds: int) -> None:
     gallery(reference, output / "gallery.png")
     result = summary(scores, speed, torch)
     write_json(result.record(), output / "demo.json")
-    _table(result.title, result.header, result.rows)
+    print_table(result.title, result.header, result.rows)
     _say(f"report: {output / 'report.html'}, gallery: {output / 'gallery.png'}")
 
 
@@ -371,7 +333,8 @@ def _progress(label: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
     return track
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table as the terminal's width allows."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""The verbs of ``refedge`` about models: list them, train one, convert the weights of others."""
+"""The verbs of ``refedge`` about models: list, train, convert the weights of others, export."""
 
 from __future__ import annotations
 
@@ -120,6 +120,65 @@ def convert(
     seeded = ", ".join(f"{name} ({count:,})" for name, count in record["seeded"].items())
     click.echo(f"seeded: {seeded or 'nothing'}")
     click.echo(f"wrote {output}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.")
+@click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
+@click.option("--weights", type=click.Path(path_type=Path), help="safetensors in official layout.")
+@click.option("--seed", type=int, default=0, help="Of the weights of a configuration.")
+@click.option("--fold/--no-fold", default=True, help="Apply rewrites that pay; or none.")
+@click.option("--rewrite", "chosen", multiple=True, help="Of these alone: norm, heads, ….",
+              type=click.Choice(("norm", "heads", "squeeze", "floor")))  # fmt: skip
+@click.option("--triton", type=click.Path(path_type=Path), help="MODEL is a bundle: serve it.")
+@click.option("--plan", default="fp32", show_default=True, help="Of --triton.")
+@click.option("--engines", help="Of --triton: a folder below engines/, in place of ONNX.")
+def export(
+    model: str,
+    output: Path | None,
+    size: int | None,
+    weights: Path | None,
+    seed: int,
+    fold: bool,
+    chosen: tuple[str, ...],
+    triton: Path | None,
+    plan: str,
+    engines: str | None,
+) -> None:
+    """Export MODEL to a bundle and measure its parity; or a bundle to a Triton model repository.
+
+    MODEL is a shipped checkpoint (slvit-tiny, or slvit alone), a folder that `refedge train`
+    wrote, or a configuration (slvit:paper), whose weights are seeded unless --weights is given.
+    With --triton FOLDER it is a bundle, whose plan is written as a repository of the Triton
+    Inference Server.
+    """
+    if triton is not None:
+        from .export.triton import write_repository
+        from .runtime.bundle import open_bundle
+
+        names = write_repository(open_bundle(model), plan, triton, engines=engines)
+        click.echo(f"wrote {triton}: {', '.join(names)}")
+        return
+    from .cli import print_table
+    from .data.refshapes.expressions import words
+    from .export.export import REWRITES
+    from .export.export import export as run
+    from .models.checkpoint import open_model
+
+    loaded = open_model(model, words(), size=size, weights=weights, seed=seed)
+    target = output or Path(f"{Path(model.replace(':', '-')).name}.refedge")
+    manifest = run(loaded, target, say=click.echo, rewrites=(chosen or REWRITES) if fold else ())
+    if manifest.folding:
+        done = sum(f["folded"] for f in manifest.folding)
+        click.echo(f"folded {done} of {len(manifest.folding)} blocks of attention to words")
+    rows = [
+        [run, f"{r['end_to_end']['sigma']:.1e}", f"{r['end_to_end']['iou']:.5f}"]
+        for run, r in manifest.parity["runs"].items()
+    ]
+    print_table("parity with torch", ("graph", "logits, σ", "mask IoU"), rows)
+    size_mb = sum(f.bytes for f in manifest.files.values()) / 1e6
+    click.echo(f"wrote {target} ({size_mb:.1f} MB)")
 
 
 def _lines(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from ..errors import EngineError, InputError
+from ..runtime.backends.cuda import target_for
 from ..runtime.bundle import open_bundle, sha256_of
 from ..runtime.engine import FOLDER, RECORD, EngineSet, EngineSpec, decode_engines, encode_engines
 from ..runtime.files import write_atomically
@@ -33,7 +34,6 @@ from .layers import Inspection, inspect_layers, read_layers, require_plan
 from .part import Options, PartResult, PartTask
 from .refusals import no_memory
 from .source import Source, profile_of, shapes_of, source_of
-from .target import this_target
 from .tensorrt import dialect_of, open_tensorrt
 
 _LINES = 30  # of a builder process that died
@@ -59,7 +59,7 @@ def build(
     """
     bundle = open_bundle(path)
     trt = open_tensorrt()
-    here = this_target(trt.__version__)
+    here = target_for(trt.__version__)
     if target not in here.name:
         raise EngineError(
             "engine-target",

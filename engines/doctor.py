@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RefedgeError
+from ..runtime.backends.cuda import device
 from ..runtime.cpu import flags, int8_dialects, processor
-from .target import this_gpu
 from .tensorrt import dialect_of, open_tensorrt
 
 _SECONDS = 5.0  # that a helper program may take
@@ -117,7 +117,7 @@ def _memory() -> list[Check]:
 
 def _gpu() -> list[Check]:
     try:
-        gpu = this_gpu()
+        gpu = device()
     except RefedgeError as error:
         return [Check("gpu", "note", error.why, "only TensorRT needs one")]
     found = f"{gpu.name}, compute capability {gpu.sm / 10}, {gpu.memory >> 20} MiB"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError, RefedgeError
+from ..runtime.backends.cuda import target_for
 from ..runtime.bundle import Bundle, open_bundle
 from ..runtime.engine import FOLDER, RECORD, EngineSet, Target, decode_engines
 from ..runtime.manifest import PartSpec, TensorSpec
-from .target import this_target
 from .tensorrt import open_tensorrt
 
 
@@ -21,7 +21,7 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
     bundle = open_bundle(path)
     manifest = bundle.manifest
     try:
-        here: Target | None = this_target(open_tensorrt().__version__)
+        here: Target | None = target_for(open_tensorrt().__version__)
     except RefedgeError:
         here = None
     return {

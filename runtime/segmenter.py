@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..errors import BackendError, InputError
-from .backends.onnx_runtime import OnnxRuntimeBackend
+from ..errors import InputError
+from .backends.choose import choose_backend
 from .backends.protocol import Arrays, Backend
 from .bundle import Bundle, open_bundle
 from .cache import ArrayCache
@@ -34,24 +34,21 @@ def load(
     *,
     plan: str = "fp32",
     backend: str = "auto",
+    text: str | None = None,
     threads: int | None = None,
     dialect: str | None = None,
 ) -> Segmenter:
     """Open a bundle, verify it, and make one of its plans ready to run.
 
     plan:    precision plan: ``fp32`` or one of ``manifest.plans``.
-    backend: ``auto`` or ``onnxruntime``.
-    threads: per operator; None for the backend's own choice.
+    backend: ``auto``, ``onnxruntime``, ``onnxruntime:cuda``, ``onnxruntime:tensorrt``, ``tensorrt``
+             (``docs/runtime.md``).
+    text:    a backend for the text part alone: ``onnxruntime`` leaves the GPU to the others.
+    threads: per operator, on the CPU; None for the backend's own choice.
     dialect: run this dialect of the plan; None for the backend's best on this processor.
-    Raises BundleError for a missing or damaged bundle, BackendError for a runtime that is missing.
+    Raises BundleError for a missing or damaged bundle, BackendError for a runtime that is missing,
+    EngineError for engines that are missing, damaged or another machine's.
     """
-    if backend not in ("auto", "onnxruntime"):
-        raise BackendError(
-            "backend-unknown",
-            f"there is no backend called {backend!r}",
-            why="this version of refedge has onnxruntime",
-            fix="use backend='auto'",
-        )
     if threads is not None and threads < 1:
         raise InputError(
             "threads-range",
@@ -59,24 +56,36 @@ def load(
             why="at least 1 works",
             fix="give 1 or more",
         )
-    return Segmenter(open_bundle(path), plan, OnnxRuntimeBackend(threads, dialect))
+    bundle = open_bundle(path)
+
+    def chosen(name: str) -> Backend:
+        return choose_backend(name, bundle, plan, threads=threads, dialect=dialect)
+
+    return Segmenter(bundle, plan, chosen(backend), None if text is None else chosen(text))
 
 
 class Segmenter:
-    """One plan of one bundle on one backend. Not for use from several threads at once."""
+    """One plan of one bundle on one backend; the text part may have another.
 
-    def __init__(self, bundle: Bundle, plan: str, backend: Backend) -> None:
+    Not for use from several threads at once: each takes a segmenter of its own, and those of one
+    bundle share the weights on a GPU.
+    """
+
+    def __init__(
+        self, bundle: Bundle, plan: str, backend: Backend, text: Backend | None = None
+    ) -> None:
         self.bundle, self.plan, self.backend = bundle, plan, backend
         manifest = bundle.manifest
         self.dialect = bundle.dialect(backend.dialects(plan), plan)
-        self._parts = {
-            part.name: backend.load(bundle.file(self.dialect.graphs[part.name]), part)
-            for part in manifest.parts
-        }
+        self._parts = {}
+        for part in manifest.parts:
+            runs = text if text is not None and part.name == "text" else backend
+            graphs = bundle.dialect(runs.dialects(plan), plan).graphs
+            self._parts[part.name] = runs.load(bundle.file(graphs[part.name]), part)
         tokenizer_file = bundle.file(manifest.tokenizer.file)
         self._tokenizer = ExpressionTokenizer(tokenizer_file.read_bytes(), manifest.tokenizer)
         self._texts = ArrayCache(_TEXT_CACHE)
-        self._largest = manifest.part("mask").profile[2]
+        self._largest = self._parts["mask"].largest
 
     @property
     def manifest(self) -> Manifest:

@@ -1,4 +1,4 @@
-"""ONNX Runtime, the embedded default."""
+"""ONNX Runtime, the embedded default: on the CPU, or by its CUDA and TensorRT providers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from ..cpu import int8_dialects
 from ..manifest import PartSpec
 from .protocol import Arrays
 
+# what each provider falls back on, as ONNX Runtime orders them
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -26,17 +32,16 @@ _DTYPES = {
 class OnnxRuntimePart:
     """One session."""
 
-    def __init__(self, graph: Path, part: PartSpec, threads: int | None) -> None:
-        ort = _import()
+    def __init__(self, graph: Path, part: PartSpec, threads: int | None, provider: str) -> None:
+        ort = _import(provider)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
+        providers = [p for p in PROVIDERS[provider] if p in ort.get_available_providers()]
         try:
-            self._session = ort.InferenceSession(
-                str(graph), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but this
             raise BackendError(
                 "backend-refused",
@@ -44,6 +49,10 @@ class OnnxRuntimePart:
                 why=str(error).splitlines()[0],
                 fix="export the model again with this version installed",
             ) from error
+        if self._session.get_providers()[0] != PROVIDERS[provider][0]:
+            raise _no_provider(provider, f"its libraries do not load; {graph.name} fell back on "
+                               f"{self._session.get_providers()[0]}")  # fmt: skip
+        self.largest = part.profile[2]
         self._outputs = [o.name for o in part.outputs]
         self._check(graph, part)
 
@@ -70,30 +79,39 @@ class OnnxRuntimePart:
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime on the CPU.
+    """ONNX Runtime.
 
-    threads: per operator; None for its own choice.
-    dialect: run this dialect (TensorRT's, say, to check what it computes) instead of the best.
+    threads:  per operator; None for its own choice.
+    dialect:  run this dialect (TensorRT's, say, to check what it computes) instead of the best.
+    provider: ``cpu``, ``cuda`` or ``tensorrt``; BackendError ``backend-provider`` where this build
+              of ONNX Runtime has it not.
     """
 
-    name = "onnxruntime"
-
-    def __init__(self, threads: int | None = None, dialect: str | None = None) -> None:
-        self._threads = threads
-        self._dialect = dialect
+    def __init__(
+        self, threads: int | None = None, dialect: str | None = None, provider: str = "cpu"
+    ) -> None:
+        self.name = "onnxruntime" if provider == "cpu" else f"onnxruntime:{provider}"
+        self._threads, self._dialect, self._provider = threads, dialect, provider
+        if provider != "cpu":
+            _import(provider)
 
     def dialects(self, plan: str) -> Sequence[str]:
-        """Dialects of a plan that run here, the best first; or the one that was asked for."""
+        """Dialects of a plan that run here, the best first; or the one that was asked for.
+
+        On a GPU TensorRT's come first: they compute in float16, and their int8 is symmetric.
+        """
         if self._dialect is not None:
             return [self._dialect]
+        if self._provider != "cpu" and plan != "fp32":
+            return ["trt10", "ort"]
         return ["ort"] if plan in ("fp32", "fp16") else int8_dialects()
 
     def load(self, graph: Path, part: PartSpec) -> OnnxRuntimePart:
         """Load one graph and check it against the part's specification."""
-        return OnnxRuntimePart(graph, part, self._threads)
+        return OnnxRuntimePart(graph, part, self._threads, self._provider)
 
 
-def _import() -> Any:
+def _import(provider: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -103,4 +121,17 @@ def _import() -> Any:
             why=str(error),
             fix="pip install 'refedge[cpu]'",
         ) from error
+    if PROVIDERS[provider][0] not in onnxruntime.get_available_providers():
+        raise _no_provider(provider, "it has " + ", ".join(onnxruntime.get_available_providers()))
+    if provider != "cpu" and hasattr(onnxruntime, "preload_dlls"):  # 1.21: CUDA from torch's wheels
+        onnxruntime.preload_dlls()
     return onnxruntime
+
+
+def _no_provider(provider: str, why: str) -> BackendError:
+    return BackendError(
+        "backend-provider",
+        f"this ONNX Runtime cannot use its provider {PROVIDERS[provider][0]}",
+        why=why,
+        fix="install onnxruntime-gpu for the CUDA that is here, in place of onnxruntime",
+    )

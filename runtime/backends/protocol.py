@@ -15,10 +15,16 @@ Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
 class LoadedPart(Protocol):
-    """A graph that is ready to run."""
+    """A graph that is ready to run; ``largest`` is the largest batch that it takes."""
+
+    largest: int
 
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[np.generic]]:
-        """Outputs by name; inputs must match the part's specification."""
+        """Outputs by name; inputs must match the part's specification.
+
+        What another part of the same backend takes may stay on a device: then NumPy still sees an
+        array (``backends/tensors.py``). What the part ``mask`` gives is always on the host.
+        """
 
 
 class Backend(Protocol):

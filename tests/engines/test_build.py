@@ -56,7 +56,7 @@ class Builder:
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     made = Builder()
     monkeypatch.setattr(module, "open_tensorrt", lambda: SimpleNamespace(__version__="10.3.0.30"))
-    monkeypatch.setattr(module, "this_target", lambda version: HERE)
+    monkeypatch.setattr(module, "target_for", lambda version: HERE)
     monkeypatch.setattr(module, "_in_a_process", made)
     return made
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,58 +11,16 @@ from click.testing import CliRunner
 from refedge.cli import main
 from refedge.engines import doctor as module
 from refedge.engines.doctor import Check, doctor
-from refedge.engines.target import Gpu, this_gpu, this_target
-from refedge.errors import BackendError
-
-DRIVER = r"""
-#include <string.h>
-#include <stddef.h>
-int cuInit(unsigned flags) { return START; }
-int cuDriverGetVersion(int *v) { *v = 12060; return 0; }
-int cuDeviceGet(int *d, int n) { *d = 7; return n; }
-int cuDeviceGetName(char *name, int size, int d) { strncpy(name, "Orin", size); return d != 7; }
-int cuDeviceTotalMem_v2(size_t *b, int d) { *b = 7ull << 30; return d != 7; }
-int cuDeviceGetAttribute(int *v, int which, int d)
-{ *v = which == 75 ? 8 : which == 76 ? 7 : -1; return d != 7; }
-"""
-
-
-def driver(folder: Path, start: int) -> str:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    source, library = folder / "cuda.c", folder / "libcuda.so.1"
-    source.write_text(DRIVER)
-    command = [compiler, "-shared", "-fPIC", f"-DSTART={start}", "-o", str(library), str(source)]
-    subprocess.run(command, check=True)
-    return str(library)
-
-
-def test_the_driver_is_asked_as_it_wants_to_be(tmp_path: Path) -> None:
-    assert this_gpu(driver(tmp_path, 0)) == Gpu("Orin", 87, "12.6", 7 << 30)
-
-
-def test_a_driver_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(BackendError) as caught:
-        this_gpu(driver(tmp_path, 100))
-    assert caught.value.code == "cuda-missing"
-    assert "cuInit failed with CUDA error 100" in caught.value.why
-
-
-def test_a_machine_without_driver() -> None:
-    with pytest.raises(BackendError) as caught:
-        this_gpu("libcuda-of-nobody.so.1")
-    assert caught.value.code == "cuda-missing"
+from refedge.runtime.backends import cuda
+from refedge.runtime.backends.cuda import Device
 
 
 def test_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    import refedge.engines.target as target
-
-    monkeypatch.setattr(target, "this_gpu", lambda: Gpu("NVIDIA H100 80GB", 90, "12.4", 1))
-    monkeypatch.setattr(target.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(target.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(cuda, "device", lambda: Device("NVIDIA H100 80GB", 90, "12.4", 1, False))
+    monkeypatch.setattr(cuda.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cuda.platform, "system", lambda: "Linux")
     name = "trt10.3.0.30-sm90-nvidiah10080gb-cuda12.4-linux-x86_64"
-    assert this_target("10.3.0.30").name == name
+    assert cuda.target_for("10.3.0.30").name == name
 
 
 def found(checks: list[Check]) -> dict[str, Check]:

@@ -1,0 +1,127 @@
+"""Engines of a bundle: built, scored against ONNX Runtime in float32, and timed.
+
+    python -m refedge.benchmarks.gpu.engines BUNDLE OUT.json [--dry]
+
+Runs where TensorRT is, without torch. Times are end to end, as ``refedge bench`` takes them, and
+per part: a whole run of the part beside the launch of its graph alone, whose difference is what
+the runtime adds. A plan that fails is recorded with its error, and the next one begins.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...data.items import open_items
+from ...data.protocols import protocol_named
+from ...runtime.bundle import open_bundle
+from ...runtime.files import write_json
+from ...runtime.segmenter import Segmenter, load
+from ..accuracy import evaluate
+from ..bench import series
+from ..contestants import PlanRunner
+from ..timing import run_once, task_for, warm_up
+from .machine import state
+
+SCHEMA = "refedge-gpu-engines-1"
+SCENES, ROUNDS = 100, 200
+
+
+def times(segmenter: Segmenter, rounds: int) -> dict[str, Any]:
+    """Series of milliseconds end to end, and per part of a run and of its graph alone."""
+    runner, task = PlanRunner(segmenter), task_for(segmenter.manifest)
+    warm_up(lambda: run_once(runner, task, 0, cached=False)["total"])
+    whole = [run_once(runner, task, i, cached=False)["total"] for i in range(rounds)]
+    runner.recall(runner.tokenize(task.expressions[0]))
+    kept = [run_once(runner, task, 0, cached=True)["total"] for _ in range(rounds)]
+    found: dict[str, Any] = {"uncached": whole, "cached": kept}
+    for spec in segmenter.manifest.parts:
+        part = segmenter._parts[spec.name]
+        sizes = {t.name: tuple(1 if isinstance(d, str) else d for d in t.shape)
+                 for t in spec.inputs}  # fmt: skip
+        inputs = {t.name: np.zeros(sizes[t.name], t.dtype) for t in spec.inputs}
+        for _ in range(3):
+            part.run(inputs)
+        found[f"{spec.name} run"] = [_clock(lambda: part.run(inputs)) for _ in range(rounds)]  # noqa: B023
+        alone = getattr(part, "again", None)  # TensorRT's parts have it
+        if alone is not None:
+            found[f"{spec.name} alone"] = [_clock(alone) for _ in range(rounds)]
+    return {name: _short(samples) for name, samples in found.items()}
+
+
+def _clock(run: Any) -> float:
+    started = time.perf_counter()
+    run()
+    return (time.perf_counter() - started) * 1e3
+
+
+def _short(samples: list[float]) -> dict[str, Any]:
+    found = series(samples)
+    return {"p50": found.p50, "p90": found.p90, "p99": found.p99,
+            "mean": statistics.fmean(samples), "unstable": found.unstable}  # fmt: skip
+
+
+def measure(bundle: Path, plan: str, scenes: int, rounds: int, *, dry: bool) -> dict[str, Any]:
+    """One plan; dry: on ONNX Runtime."""
+    seconds = 0.0
+    if not dry:
+        started = time.monotonic()
+        build = [sys.executable, "-m", "refedge.cli", "build", str(bundle), "--plan", plan]
+        subprocess.run(build, check=True)
+        seconds = time.monotonic() - started
+    reference = load(bundle, plan="fp32", backend="onnxruntime")
+    found = load(bundle, plan=plan, backend="onnxruntime" if dry else "tensorrt")
+    manifest = found.manifest
+    rules = protocol_named(manifest.protocol)
+    items = open_items("refshapes:test", manifest.preprocess, rules, limit=scenes)
+    scored = evaluate({"fp32": reference, plan: found}, items, rules, "refshapes:test")
+    files = found.manifest.files
+    return {
+        "backend": found.backend.name,
+        "build_s": seconds,
+        "graphs": {part: files[f].sha256 for part, f in found.dialect.graphs.items()},
+        "accuracy": scored.record()["plans"],
+        "milliseconds": times(found, rounds),
+    }
+
+
+def main(folder: str, out: str, *options: str) -> int:
+    """Exit code 1 where no plan could be measured."""
+    dry = "--dry" in options
+    bundle = Path(folder)
+    if dry and not bundle.is_dir():
+        print("dry: no bundle here; what this step imports is here")
+        return 0
+    manifest = open_bundle(bundle).manifest
+    record: dict[str, Any] = {"schema": SCHEMA, "model": manifest.model, "plans": {}}
+    record |= {"bundle": manifest.digest, "provenance": manifest.provenance, "dry": dry}
+    if not dry:
+        from ...runtime.backends.tensorrt import this_target
+
+        record |= {"target": this_target().name, "state": {"before": state()}}
+    for plan in ("fp16", "int8"):
+        if plan not in manifest.plans:
+            continue
+        try:
+            scenes, rounds = (2, 8) if dry else (SCENES, ROUNDS)
+            record["plans"][plan] = measure(bundle, plan, scenes, rounds, dry=dry)
+        except Exception as error:  # the next plan may work, and this one's error is a result
+            traceback.print_exc()
+            record["plans"][plan] = {"error": str(error)}
+    if not dry:
+        record["state"]["after"] = state()
+    write_json(record, Path(out))
+    print(json.dumps(record)[:2000])
+    return int(not any("error" not in plan for plan in record["plans"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""``docs/gpu-results.md`` from the results of ``make gpu``, or that there are none.
+
+    python -m refedge.benchmarks.gpu.page [RESULTS]
+
+RESULTS is a folder of ``gpu-<step>.json``, by default ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/gpu-results.md"
+HEAD = """# Results on GPUs
+
+Made by `python -m refedge.benchmarks.gpu.page` from `benchmarks/results/gpu-*.json`, which
+`make gpu` writes; [how to run it](runtime.md#make-gpu).
+"""
+NONE = """
+Nothing has been measured on a GPU: **not yet measured** are the device's own rates, TensorRT's
+build times, the accuracy and latency of engines, PyTorch beside them, and the fused kernels.
+"""
+MODELS = """Milliseconds at batch 1, medians; engines end to end from decoded pixels to mask,
+PyTorch its parts alone, inputs on the device. * unstable.
+"""
+
+
+def page(results: Path) -> str:
+    """The page for a folder of results."""
+    found = {
+        file.stem.removeprefix("gpu-"): json.loads(file.read_text())
+        for file in sorted(results.glob("gpu-*.json"))
+    }
+    if not found:
+        return HEAD + NONE
+    lines = [HEAD]
+    if "machine" in found:
+        lines += _machine(found["machine"])
+    if "operators" in found:
+        engines = found["operators"]["engines"]
+        rows = [[k, f"{e['build_s']:.1f}", f"{max(e['errors']):.1e}"] for k, e in engines.items()]
+        lines += ["\n## Smoke of the builder", f"`{found['operators']['target']}`\n"]
+        lines += _table(("type", "build, s", "largest relative error"), rows)
+    rows = []
+    for name, record in found.items():
+        if name.startswith("engines-"):
+            rows += _engines(name.removeprefix("engines-"), record)
+        elif name.startswith("peers-"):
+            rows += _peers(name.removeprefix("peers-"), record)
+    if rows:
+        lines += ["\n## Models", MODELS]
+        heads = ("model", "what", "agreement", "mIoU", "uncached", "cached", "artefact")
+        lines += _table(heads, rows)
+    expected = {"machine": "the device's own rates", "operators": "the builder's smoke",
+                "tests": "tests on a GPU", "kernels": "fused kernels"}  # fmt: skip
+    missing = [text for name, text in expected.items() if name not in found]
+    missing += [] if rows else ["engines and PyTorch beside them"]
+    return "\n".join([*lines, f"\nNot yet measured: {', '.join(missing) or 'nothing'}.", ""])
+
+
+def _machine(record: dict[str, Any]) -> list[str]:
+    state = record["state"]["before"]
+    said = ", ".join(f"{key} {value}" for key, value in state.items())
+    rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in record["ops_per_s"].items())
+    rows = [
+        [name, f"{a['eager']:.4f}", f"{a['compiled']:.4f}", f"{a['error']:.1e}"]
+        for name, a in record["attention_ms"].items()
+    ]
+    return [
+        "\n## The device",
+        f"{said}; torch {record['torch']}.\n",
+        f"Copy {record['copy_bytes_per_s'] / 1e12:.2f} TB/s (read and written); products, T op/s: "
+        f"{rates}.\n",
+        "Attention of pixels to words in float16, milliseconds:\n",
+        *_table(("shape", "PyTorch's own", "torch.compile", "relative error"), rows),
+    ]
+
+
+def _engines(model: str, record: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for plan, found in record["plans"].items():
+        if "error" in found:
+            rows.append([model, plan, "failed", found["error"].splitlines()[0], "", "", ""])
+            continue
+        scored = next(p for p in found["accuracy"] if p["plan"] == plan)
+        spent = found["milliseconds"]
+        times = [f"{spent[k]['p50']:.2f}{'*' * spent[k]['unstable']}"
+                 for k in ("uncached", "cached")]  # fmt: skip
+        # masks of seeded weights say nothing of accuracy
+        trained = record["provenance"].get("trained", False)
+        agreement = f"{scored['agreement']['mean']:.4f}" if trained else "–"
+        miou = f"{scored['overall']['miou']:.4f}" if trained else "–"
+        graph = found["graphs"]["mask"][:8]
+        rows.append([model, f"TensorRT {plan}", agreement, miou, *times, graph])
+    return rows
+
+
+def _peers(model: str, record: dict[str, Any]) -> list[list[str]]:
+    return [
+        [model, f"torch {mode}", "", "", f"{found['milliseconds']['all']:.2f}", "", ""]
+        if "milliseconds" in found
+        else [model, f"torch {mode}", "failed", found["error"].splitlines()[0], "", "", ""]
+        for mode, found in record["modes"].items()
+    ]
+
+
+def _table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(Path(sys.argv[1]) if sys.argv[1:] else ROOT / "benchmarks/results"))

@@ -1,0 +1,180 @@
+"""``make gpu``: everything that needs a GPU, the most informative first, within a budget.
+
+    python -m refedge.benchmarks.gpu.run [--budget MINUTES] [--work out/gpu]
+
+Two interpreters exchange files: this one has torch; the kit's (TensorRT 8.6, Python 3.10) has
+TensorRT, unless this one has it too. Each step is a process of its own that writes one JSON file;
+a step whose file is there is not run again, so a second call goes on where the first one stopped.
+At the end comes one archive of at most 16 MiB, in ``$OUT`` where that is set. Without a GPU the
+same steps check themselves on small sizes and nothing is written as a result. Needs nothing but
+the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+KIT = Path(os.environ.get("GPUKIT_DEST", "/tmp/gpukit"))  # where the kit unpacks itself
+LIMIT = 16 << 20  # bytes of the archive
+MODELS = ("slvit-tiny", "slvit:paper", "cm_masksd:paper", "lavt:paper", "lts:paper", "step:paper",
+          "m3att:paper")  # fmt: skip
+GPU = "refedge.benchmarks.gpu"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A process; ``{out}`` in its command is the file it writes, ``{dry}`` an option or nothing.
+
+    kit:     runs on the interpreter that has TensorRT.
+    seconds: after which it is ended.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    kit: bool = False
+
+
+def steps(models: tuple[str, ...] = MODELS) -> list[Step]:
+    """In order of what they tell."""
+    found = [
+        Step("machine", ("-m", f"{GPU}.machine", "{out}", "{dry}"), 240),
+        Step("operators", ("-m", f"{GPU}.operators", "{out}", "{dry}"), 240, kit=True),
+    ]
+    if (ROOT / "tests/gpu").is_dir():
+        found.append(Step("tests", ("-m", f"{GPU}.outside", "{out}", "pytest", "tests/gpu"), 300))
+    if (ROOT / "benchmarks/kernels.py").is_file():
+        command = ("-m", f"{GPU}.outside", "{out}", "refedge.benchmarks.kernels")
+        found.append(Step("kernels", command, 300))
+    for model in models:
+        bundle = f"{{work}}/{model.replace(':', '-')}.refedge"
+        name = model.replace(":", "-")
+        found += [
+            Step(f"export-{name}", ("-m", f"{GPU}.bundles", model, bundle, "{out}", "{dry}"), 600),
+            Step(f"engines-{name}", ("-m", f"{GPU}.engines", bundle, "{out}", "{dry}"), 600, True),
+            Step(f"peers-{name}", ("-m", f"{GPU}.peers", model, "{out}", "{dry}"), 300),
+        ]
+    return found
+
+
+def has_gpu() -> bool:
+    """Whether the driver finds one."""
+    try:
+        return int(ctypes.CDLL("libcuda.so.1").cuInit(0)) == 0
+    except OSError:
+        return False
+
+
+def interpreter(kit: bool) -> list[str] | None:
+    """How to start Python; None where there is no TensorRT to be had."""
+    if not kit or importlib.util.find_spec("tensorrt") is not None:
+        return [sys.executable]
+    started = KIT / "bin/python"
+    return [str(started)] if started.is_file() else None
+
+
+def prepare(work: Path, dry: bool) -> dict[str, str]:
+    """Unpack what was carried along, and the environment that steps run in."""
+    work.mkdir(parents=True, exist_ok=True)
+    link = ROOT / ".mypath/refedge"  # the package under its own name, as the Makefile has it
+    link.parent.mkdir(exist_ok=True)
+    if not link.exists():
+        link.symlink_to("..", target_is_directory=True)
+    boot = ROOT / ".gpukit/boot/unpack.sh"
+    if boot.is_file() and not dry and not (KIT / ".complete").is_file():
+        subprocess.run(["bash", str(boot), "trt"], cwd=ROOT, check=False)
+    wheels, site = sorted((ROOT / ".gpukit/wheels").glob("*.whl")), work / "site"
+    if wheels and not site.is_dir():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+        subprocess.run([*command, "--target", str(site), *map(str, wheels)], check=False)
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    host = os.pathsep.join(p for p in (str(link.parent), str(site), *given) if p)
+    return {"PYTHONPATH": host, "GPUKIT_PYTHONPATH": str(link.parent)}
+
+
+def run_step(step: Step, work: Path, environment: dict[str, str], left: float, dry: bool) -> str:
+    """Run one step; what became of it, in a few words."""
+    out = work / ("dry" if dry else "results") / f"{step.name}.json"
+    if out.is_file() and not dry:
+        return "done before"
+    python = interpreter(step.kit)
+    if python is None:
+        return "left out: no TensorRT here, and the kit is not unpacked"
+    if left < min(step.seconds, 60):
+        return "left for another time"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    words = {"out": str(out), "work": str(work), "dry": "--dry" if dry else ""}
+    command = [c.format(**words) for c in step.command]
+    started = time.monotonic()
+    with (out.with_suffix(".log")).open("w") as log:
+        try:
+            done = subprocess.run(
+                [*python, *filter(None, command)],
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=min(step.seconds, left),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"ended after {time.monotonic() - started:.0f} s: it took too long"
+    spent = f"{time.monotonic() - started:.0f} s"
+    if done.returncode:
+        lines = out.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+        return f"failed ({done.returncode}) after {spent}: {lines[-1] if lines else 'no output'}"
+    return f"ok, {spent}"
+
+
+def archive(work: Path, said: dict[str, str]) -> Path:
+    """Results, logs and the summary in one file; the largest stay out where it grows too large."""
+    summary = work / "results/summary.json"
+    summary.parent.mkdir(parents=True, exist_ok=True)
+    summary.write_text(json.dumps(said, indent=1) + "\n")
+    target = Path(os.environ.get("OUT") or work) / "gpu-results.tar.gz"
+    files = sorted(summary.parent.iterdir(), key=lambda f: (f != summary, f.stat().st_size))
+    while True:
+        with tarfile.open(target, "w:gz") as tar:
+            for file in files:
+                tar.add(file, file.name)
+        if target.stat().st_size <= LIMIT or len(files) == 1:
+            return target
+        print(f"left out of the archive, for its size: {files.pop().name}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 unless a step failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--budget", type=float, default=25.0, help="minutes")
+    parser.add_argument("--work", type=Path, default=ROOT / "out/gpu")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    asked = parser.parse_args(arguments)
+    work, until = asked.work.resolve(), time.monotonic() + 60 * asked.budget
+    dry = not has_gpu()
+    if dry:
+        print("no GPU here: dry checks only, nothing is measured")
+        shutil.rmtree(work / "dry", ignore_errors=True)
+    environment = prepare(work, dry)
+    said = {}
+    for step in steps(("slvit-tiny",) if dry else tuple(asked.models)):
+        said[step.name] = run_step(step, work, environment, until - time.monotonic(), dry)
+        print(f"{step.name:<24} {said[step.name]}", flush=True)
+    if not dry:
+        print(f"results: {archive(work, said)}")
+    return 1 if any(text.startswith("failed") for text in said.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
