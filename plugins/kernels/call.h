@@ -93,6 +93,7 @@ constexpr Places mutual_places(Call const& c, int size) {
   return p;
 }
 
+#ifndef __CUDACC__
 // Decide the launches of a call and set its chunks and span; pointers are not looked at.
 inline Plan plan(Operator op, Type type, Call& c) {
   Plan p{};
@@ -138,5 +139,18 @@ inline Plan plan(Operator op, Type type, Call& c) {
   }
   return p;
 }
+
+// Set which rows may be read 16 bytes at a time, from the pointers and the lengths of the rows.
+inline void align(Operator op, Type type, Call& c) {
+  int const n = c.pixels, k = c.channels, t = c.words, w = c.width;
+  int const rows[3][6] = {{k, t, w, 0, 0, 0}, {n, k, 0, 0, k, k}, {w, 0, 0, n, w, 0}};
+  auto fits = [type](void const* at, int row) {
+    return row > 0 && row * size_of(type) % 16 == 0 &&
+           reinterpret_cast<unsigned long long>(at) % 16 == 0;
+  };
+  c.vector = fits(c.out[0], op == kCrossAttention ? w : n) << 8;
+  for (int i = 0; i < 6; ++i) c.vector |= fits(c.in[i], rows[op][i]) << i;
+}
+#endif
 
 }  // namespace refedge

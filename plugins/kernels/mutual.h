@@ -48,7 +48,7 @@ template <class T> __device__ void mutual_seen(Call const& c) {
   mutual_scores(c, b, h, t0, p0, scores, left, right);
   __syncthreads();
   for (int t = threadIdx.x / 32; t < kGroup; t += kThreads / 32) {
-    float top = -INFINITY, sum = 0.f;
+    float top = kLowest, sum = 0.f;
     for (int p = lane; p < pixels; p += 32) top = fmaxf(top, scores[t * row + p]);
     top = warp_max(top);
     for (int p = lane; p < kTile; p += 32) {
@@ -96,7 +96,7 @@ template <class T> __device__ void mutual_pairs(Call const& c) {
       reinterpret_cast<T*>(work + place.at[2]) + (head * c.words + s) * padded_words(c.words);
   bool const there = words.any && words[s];
   if (there) {
-    float top = -INFINITY, total = 0.f;
+    float top = kLowest, total = 0.f;
     for (int k = lane; k < c.chunks; k += 32)
       top = fmaxf(top, tops[((head * c.chunks + k) * c.words + s) * 2]);
     top = warp_max(top);

@@ -13,6 +13,8 @@ namespace refedge {
 using half = __half;
 using bfloat = __nv_bfloat16;
 
+constexpr float kLowest = -3.4028235e38f;
+
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(half v) { return __half2float(v); }
 __device__ inline float to_float(bfloat v) { return __bfloat162float(v); }
@@ -36,7 +38,7 @@ struct Words {
   bool any;
   __device__ Words(Call const& c, void const* words, int b)
       : given(static_cast<bool const*>(words) + 1ll * b * c.words),
-        any(__syncthreads_or(threadIdx.x < c.words && given[threadIdx.x])) {}
+        any(__syncthreads_or(int(threadIdx.x) < c.words && given[threadIdx.x])) {}
   __device__ bool operator[](int t) const { return !any || given[t]; }
 };
 
@@ -158,7 +160,7 @@ template <class T, int ROWS, int COLUMNS> struct Product<T, ROWS, COLUMNS, true>
 __device__ inline float word_softmax(float* scores, int word, int pixel, Words const& words,
                                      int count, int pixels) {
   float* const mine = scores + threadIdx.x / 4 * pixel;
-  float top = -INFINITY, sum = 0.f;
+  float top = kLowest, sum = 0.f;
   for (int t = threadIdx.x % 4; t < count; t += 4)
     if (words[t]) top = fmaxf(top, words.any ? mine[t * word] : 0.f);
   top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
