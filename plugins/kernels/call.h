@@ -13,7 +13,6 @@ enum Type { kFloat, kHalf, kBfloat };
 constexpr int kThreads = 256;    // of every block
 constexpr int kTile = 64;        // pixels of a tile, and rows or columns of an output tile
 constexpr int kGroup = 32;       // words that are on chip at a time
-constexpr int kDepth = 32;       // channels of one step of a product
 constexpr int kMaxWords = 128;   // more than kGroup are streamed
 constexpr int kMaxWidth = 1024;  // channels, and channels of a head
 constexpr int kMaxChunks = 128;  // partial moments per expression
@@ -44,6 +43,7 @@ struct Plan {
 };
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int depth_of(int size) { return 128 / size; }  // channels of one step of a product
 constexpr int size_of(Type type) { return type == kFloat ? 4 : 2; }
 // Elements from row to row in shared memory: 16 bytes more, so that rows fall on other banks.
 constexpr int row_of(int columns, int size) { return columns + 16 / size; }
@@ -71,12 +71,14 @@ constexpr Places cross_places(Call const& c, int size) {
   return p;
 }
 
-// 0 weights [B, T, N] float, 1 partial moments [B, chunks, T + T (T + 1) / 2] float, 2 their mean
+// 0 weights [B, T, N] float, 1 partial moments [B, chunks, T + T (T + 1) / 2] float (room for the
+// most chunks, so that more pixels never need less), 2 their mean
 // [B, T] float, 3 columns and 4 thin [B, C, padded T] in the operator's type.
 constexpr Places norm_places(Call const& c, int size) {
   Places p;
   p.place(0, 4ull * c.batch * c.words * c.pixels);
-  p.place(1, 4ull * c.batch * c.chunks * (c.words + triangle(c.words)));
+  int const tiles = ceil_div(c.pixels, kTile), most = tiles < kMaxChunks ? tiles : kMaxChunks;
+  p.place(1, 4ull * c.batch * most * (c.words + triangle(c.words)));
   p.place(2, 4ull * c.batch * c.words);
   p.place(3, 1ull * c.batch * c.channels * padded_words(c.words) * size);
   p.place(4, 1ull * c.batch * c.channels * padded_words(c.words) * size);
@@ -99,6 +101,7 @@ inline Plan plan(Operator op, Type type, Call& c) {
   Plan p{};
   int const size = size_of(type), tiles = ceil_div(c.pixels, kTile);
   int const groups = ceil_div(c.words, kGroup), words = padded_words(c.words);
+  int const depth = depth_of(size);
   if (c.batch < 1 || c.batch > 65535 || c.pixels < 1 || c.words < 1 || c.words > kMaxWords ||
       c.channels < 1 || c.channels > kMaxWidth || c.heads < 1 || c.heads > 1024 || c.width < 1 ||
       c.width > kMaxWidth || tiles > 65535)
@@ -107,13 +110,13 @@ inline Plan plan(Operator op, Type type, Call& c) {
     p.launch[p.launches++] = Launch{name, {x, y, z}, shared};
   };
   int const scores = tile_bytes(words, kTile, 4);  // one row a word
-  int const by_word = tile_bytes(kGroup, kDepth, size) + tile_bytes(kDepth, kTile, size);
+  int const by_word = tile_bytes(kGroup, depth, size) + tile_bytes(depth, kTile, size);
   if (op == kCrossAttention) {
     c.span = 1, c.chunks = tiles;
     p.workspace = cross_places(c, size).end;
-    int const by_pixel = tile_bytes(kTile, kDepth, size) + tile_bytes(kDepth, kGroup, size);
+    int const by_pixel = tile_bytes(kTile, depth, size) + tile_bytes(depth, kGroup, size);
     add("cross_weights", c.heads, tiles, c.batch, tile_bytes(kTile, words, 4) + by_pixel);
-    int const stages = tile_bytes(kTile, kDepth, size) + tile_bytes(kDepth, kTile, size);
+    int const stages = tile_bytes(kTile, kGroup, size) + tile_bytes(kGroup, kTile, size);
     add("cross_output", ceil_div(c.width, kTile), tiles, c.batch,
         stages + tile_bytes(kTile, kTile, 4));
   } else if (op == kNormAttention) {
@@ -121,12 +124,14 @@ inline Plan plan(Operator op, Type type, Call& c) {
     p.workspace = norm_places(c, size).end;
     int const rows = ceil_div(c.channels, kTile);
     add("norm_scores", c.chunks, 1, c.batch, scores + by_word + 4 * c.words);
-    add("norm_columns", rows, 1, c.batch, 4 * (c.words + triangle(c.words)));
+    add("norm_columns", rows, 1, c.batch,
+        4 * (c.words + triangle(c.words) + kThreads / 32 * words));
     add("norm_thin", rows, groups, c.batch,
-        tile_bytes(kTile, kDepth, size) + tile_bytes(kDepth, kGroup, size) +
+        tile_bytes(kTile, depth, size) + tile_bytes(depth, kGroup, size) +
             tile_bytes(kTile, kGroup, 4));
     add("norm_output", rows, tiles, c.batch,
-        tile_bytes(kTile, kDepth, size) + 2 * tile_bytes(kGroup, kTile, size) +
+        tile_bytes(kTile, depth, size) + tile_bytes(kGroup, kTile, size) +
+            tile_bytes(depth, kTile, size) +
             tile_bytes(kTile, kTile, 4));
   } else {
     c.span = 1, c.chunks = tiles;

@@ -7,6 +7,7 @@ namespace refedge {
 // The weights of one head for a tile of pixels, to the workspace.
 template <class T> __device__ void cross_weights(Call const& c) {
   REFEDGE_SHARED(memory);
+  constexpr int kDepth = depth_of(sizeof(T));
   int const h = blockIdx.x, p0 = blockIdx.y * kTile, b = blockIdx.z;
   int const pixels = min(kTile, c.pixels - p0), row = row_of(padded_words(c.words), 4);
   float* const scores = reinterpret_cast<float*>(memory);
@@ -25,7 +26,7 @@ template <class T> __device__ void cross_weights(Call const& c) {
       load_tile<kDepth, kGroup>(right, keys + 1ll * k * c.words + t0, c.words, c.channels - k,
                                 c.words - t0, c.vector & 2);
       __syncthreads();
-      product.add(left, row_of(kDepth, sizeof(T)), right, row_of(kGroup, sizeof(T)));
+      product.template add<kDepth>(left, row_of(kDepth, sizeof(T)), right, row_of(kGroup, sizeof(T)));
       __syncthreads();
     }
     product.store(scores + t0, row);
@@ -49,19 +50,19 @@ template <class T> __device__ void cross_output(Call const& c) {
   constexpr int row = row_of(kTile, 4);
   float* const sums = reinterpret_cast<float*>(memory);
   T* const left = reinterpret_cast<T*>(sums + kTile * row);
-  T* const right = left + kTile * row_of(kDepth, sizeof(T));
+  T* const right = left + kTile * row_of(kGroup, sizeof(T));
   T const* const weights = static_cast<T const*>(c.work) + (1ll * b * c.pixels + p0) * depth;
   T const* const values = static_cast<T const*>(c.in[2]) + 1ll * b * depth * c.width + d0;
   bool const aligned = depth % (16 / sizeof(T)) == 0;
 
   Product<T, kTile, kTile> product;
   product.clear();
-  for (int k = 0; k < depth; k += kDepth) {
-    load_tile<kTile, kDepth>(left, weights + k, depth, pixels, depth - k, aligned);
-    load_tile<kDepth, kTile>(right, values + 1ll * k * c.width, c.width, depth - k, c.width - d0,
+  for (int k = 0; k < depth; k += kGroup) {
+    load_tile<kTile, kGroup>(left, weights + k, depth, pixels, depth - k, aligned);
+    load_tile<kGroup, kTile>(right, values + 1ll * k * c.width, c.width, depth - k, c.width - d0,
                              c.vector & 4);
     __syncthreads();
-    product.add(left, row_of(kDepth, sizeof(T)), right, row_of(kTile, sizeof(T)));
+    product.template add<kGroup>(left, row_of(kGroup, sizeof(T)), right, row_of(kTile, sizeof(T)));
     __syncthreads();
   }
   product.store(sums, row);

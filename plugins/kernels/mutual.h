@@ -9,6 +9,7 @@ namespace refedge {
 template <class T>
 __device__ void mutual_scores(Call const& c, int b, int h, int t0, int p0, float* scores, T* left,
                               T* right) {
+  constexpr int kDepth = depth_of(sizeof(T));
   T const* const keys =
       static_cast<T const*>(c.in[0]) + ((1ll * b * c.heads + h) * c.words + t0) * c.width;
   T const* const seen =
@@ -20,7 +21,7 @@ __device__ void mutual_scores(Call const& c, int b, int h, int t0, int p0, float
     load_tile<kDepth, kTile>(right, seen + 1ll * k * c.pixels, c.pixels, c.width - k,
                              c.pixels - p0, c.vector & 8);
     __syncthreads();
-    product.add(left, row_of(kDepth, sizeof(T)), right, row_of(kTile, sizeof(T)));
+    product.template add<kDepth>(left, row_of(kDepth, sizeof(T)), right, row_of(kTile, sizeof(T)));
     __syncthreads();
   }
   product.store(scores, row_of(kTile, 4));
@@ -29,6 +30,7 @@ __device__ void mutual_scores(Call const& c, int b, int h, int t0, int p0, float
 // What 32 words see in a tile of pixels: largest score, sum of powers, powers x seen_values.
 template <class T> __device__ void mutual_seen(Call const& c) {
   REFEDGE_SHARED(memory);
+  constexpr int kDepth = depth_of(sizeof(T));
   constexpr int row = row_of(kTile, 4), line = row_of(kTile, sizeof(T));
   int const chunk = blockIdx.x, h = blockIdx.y % c.heads, t0 = blockIdx.y / c.heads * kGroup;
   int const b = blockIdx.z, p0 = chunk * kTile, lane = threadIdx.x % 32;
@@ -67,7 +69,7 @@ template <class T> __device__ void mutual_seen(Call const& c) {
       load_tile<kDepth, kTile>(right, values + 1ll * k * c.width + d0, c.width, pixels - k,
                                c.width - d0, c.vector & 16);
       __syncthreads();
-      product.add(powers + k, line, right, row_of(kTile, sizeof(T)));
+      product.template add<kDepth>(powers + k, line, right, row_of(kTile, sizeof(T)));
       __syncthreads();
     }
     product.store(scores, row);
@@ -129,6 +131,7 @@ template <class T> __device__ void mutual_pairs(Call const& c) {
 // Softmax over the words, its mean over the heads, and the sum of pairs x weights, for a tile.
 template <class T> __device__ void mutual_product(Call const& c) {
   REFEDGE_SHARED(memory);
+  constexpr int kDepth = depth_of(sizeof(T));
   constexpr int row = row_of(kTile, 4), line = row_of(kTile, sizeof(T));
   int const p0 = blockIdx.x * kTile, s0 = blockIdx.y * kGroup, b = blockIdx.z;
   int const pixels = min(kTile, c.pixels - p0), wide = padded_words(c.words);
@@ -164,7 +167,7 @@ template <class T> __device__ void mutual_product(Call const& c) {
             from_float<T>(t0 + t < c.words ? scores[(t0 + t) * row + p] : 0.f);
       }
       __syncthreads();
-      product.add(left, row_of(kDepth, sizeof(T)), right, line);
+      product.template add<kGroup>(left, row_of(kGroup, sizeof(T)), right, line);
       __syncthreads();
     }
   }

@@ -21,6 +21,7 @@ __device__ inline void row_column(int e, int& i, int& j) {
 // tile by tile by Chan's rule: nothing is lost however flat the attention is.
 template <class T> __device__ void norm_scores(Call const& c) {
   REFEDGE_SHARED(memory);
+  constexpr int kDepth = depth_of(sizeof(T));
   constexpr int row = row_of(kTile, 4);
   int const chunk = blockIdx.x, b = blockIdx.z, lane = threadIdx.x % 32;
   float* const scores = reinterpret_cast<float*>(memory);
@@ -52,7 +53,7 @@ template <class T> __device__ void norm_scores(Call const& c) {
         load_tile<kDepth, kTile>(right, query + 1ll * k * c.pixels + p0, c.pixels, c.channels - k,
                                  pixels, c.vector & 1);
         __syncthreads();
-        product.add(left, row_of(kDepth, sizeof(T)), right, row_of(kTile, sizeof(T)));
+        product.template add<kDepth>(left, row_of(kDepth, sizeof(T)), right, row_of(kTile, sizeof(T)));
         __syncthreads();
       }
       product.store(scores + t0 * row, row);
@@ -130,51 +131,40 @@ template <class T> __device__ void norm_columns(Call const& c) {
   }
   __syncthreads();
 
-  constexpr int parts = kMaxWords / 32;
   int const wide = padded_words(c.words), end = min(c.channels, (int(blockIdx.x) + 1) * kTile);
+  int const warp = threadIdx.x / 32;
+  float* const shifted = covariance + triangle(c.words) + warp * wide;
   T const* const values = static_cast<T const*>(c.in[2]);
   T* const columns = reinterpret_cast<T*>(work + place.at[3]);
-  for (int ch = blockIdx.x * kTile + threadIdx.x / 32; ch < end; ch += kThreads / 32) {
-    long long const at = 1ll * b * c.channels + ch;
-    float shifted[parts], common = 0.f, variance = 0.f;
-#pragma unroll
-    for (int q = 0; q < parts; ++q) {
-      int const t = lane + 32 * q;
-      bool const there = t < c.words && words[t];
-      shifted[q] = there ? to_float(values[at * c.words + t]) : 0.f;
-      common += there ? shifted[q] * mean[t] : 0.f;
+  for (int channel = blockIdx.x * kTile + warp; channel < end; channel += kThreads / 32) {
+    long long const at = 1ll * b * c.channels + channel;
+    float common = 0.f, variance = 0.f;
+    for (int t = lane; t < c.words; t += 32) {
+      shifted[t] = words[t] ? to_float(values[at * c.words + t]) : 0.f;
+      common += shifted[t] * mean[t];
     }
     common = warp_sum(common);
-#pragma unroll
-    for (int q = 0; q < parts; ++q) {
-      int const t = lane + 32 * q;
-      shifted[q] = t < c.words && words[t] ? shifted[q] - common : 0.f;
-    }
-#pragma unroll
-    for (int q = 0; q < parts; ++q) {
-      if (32 * q >= c.words) break;
-      int const i = lane + 32 * q;
+    for (int t = lane; t < wide; t += 32)
+      shifted[t] = t < c.words && words[t] ? shifted[t] - common : 0.f;
+    __syncwarp();
+    for (int i = lane; i < c.words; i += 32) {
       float spread = 0.f;
-#pragma unroll
-      for (int other = 0; other < parts; ++other)
-        for (int j = 32 * other; j < min(c.words, 32 * other + 32); ++j) {
-          float const u = __shfl_sync(~0u, shifted[other], j % 32);
-          int const low = min(i, j), high = max(i, j);
-          if (i < c.words) spread += covariance[triangle(high) + low] * u;
-        }
-      variance += spread * shifted[q];
+      for (int j = 0; j < c.words; ++j)
+        spread += covariance[triangle(max(i, j)) + min(i, j)] * shifted[j];
+      variance += spread * shifted[i];
     }
     variance = fmaxf(warp_sum(variance), 0.f);
     float const scale = 1.f / (sqrtf(variance + c.epsilon) * kRaise);
-#pragma unroll
-    for (int q = 0; q < parts; ++q)
-      if (32 * q < wide) columns[at * wide + lane + 32 * q] = from_float<T>(shifted[q] * scale);
+    for (int t = lane; t < wide; t += 32)
+      columns[at * wide + t] = from_float<T>(shifted[t] * scale);
+    __syncwarp();
   }
 }
 
 // first [C, C] x columns [C, T]: the gate's first map of what a word adds.
 template <class T> __device__ void norm_thin(Call const& c) {
   REFEDGE_SHARED(memory);
+  constexpr int kDepth = depth_of(sizeof(T));
   constexpr int row = row_of(kGroup, 4);
   int const r0 = blockIdx.x * kTile, t0 = blockIdx.y * kGroup, b = blockIdx.z;
   int const wide = padded_words(c.words), rows = min(kTile, c.channels - r0);
@@ -195,7 +185,7 @@ template <class T> __device__ void norm_thin(Call const& c) {
     load_tile<kTile, kDepth>(left, first + k, c.channels, rows, c.channels - k, c.vector & 16);
     load_tile<kDepth, kGroup>(right, columns + 1ll * k * wide, wide, c.channels - k, kGroup, true);
     __syncthreads();
-    product.add(left, row_of(kDepth, sizeof(T)), right, row_of(kGroup, sizeof(T)));
+    product.template add<kDepth>(left, row_of(kDepth, sizeof(T)), right, row_of(kGroup, sizeof(T)));
     __syncthreads();
   }
   product.store(sums, row);
@@ -208,14 +198,15 @@ template <class T> __device__ void norm_thin(Call const& c) {
 // tanh(second relu(thin P)) (columns P) for centred weights P, a tile of the output.
 template <class T> __device__ void norm_output(Call const& c) {
   REFEDGE_SHARED(memory);
+  constexpr int kDepth = depth_of(sizeof(T));
   constexpr int row = row_of(kTile, 4), line = row_of(kTile, sizeof(T));
-  constexpr int short_line = row_of(kDepth, sizeof(T));
+  constexpr int deep = row_of(kDepth, sizeof(T)), narrow = row_of(kGroup, sizeof(T));
   int const r0 = blockIdx.x * kTile, p0 = blockIdx.y * kTile, b = blockIdx.z;
   int const rows = min(kTile, c.channels - r0), pixels = min(kTile, c.pixels - p0);
   int const wide = padded_words(c.words);
   float* const sums = reinterpret_cast<float*>(memory);
   T* const left = reinterpret_cast<T*>(sums + kTile * row);
-  T* const centred = left + kTile * short_line;
+  T* const centred = left + kTile * deep;
   T* const opened = centred + kGroup * line;
   Places const place = norm_places(c, sizeof(T));
   char* const work = static_cast<char*>(c.work);
@@ -244,7 +235,7 @@ template <class T> __device__ void norm_output(Call const& c) {
     centre(t0);
     load_tile<kTile, kGroup>(left, columns + t0, wide, rows, kGroup, true);
     __syncthreads();
-    found.add(left, short_line, centred, line);
+    found.template add<kGroup>(left, narrow, centred, line);
     __syncthreads();
   }
   for (int k = 0; k < c.channels; k += kDepth) {
@@ -255,7 +246,7 @@ template <class T> __device__ void norm_output(Call const& c) {
       load_tile<kDepth, kGroup>(left, thin + 1ll * k * wide + t0, wide, c.channels - k, kGroup,
                                 true);
       __syncthreads();
-      thinned.add(left, short_line, centred, line);
+      thinned.template add<kGroup>(left, narrow, centred, line);
       __syncthreads();
     }
     thinned.store(sums, row);
@@ -265,7 +256,7 @@ template <class T> __device__ void norm_output(Call const& c) {
       opened[e / kTile * line + e % kTile] =
           from_float<T>(fmaxf(sums[e / kTile * row + e % kTile], 0.f));
     __syncthreads();
-    gate.add(left, short_line, opened, line);
+    gate.template add<kDepth>(left, deep, opened, line);
     __syncthreads();
   }
   constexpr int mine = kTile * kTile / kThreads;

@@ -98,11 +98,11 @@ template <class T, int ROWS, int COLUMNS> struct Product<T, ROWS, COLUMNS, false
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < C; ++j) sum[i][j] = 0.f;
   }
-  // Add a [ROWS, 32] x b [32, COLUMNS]; `row_a` and `row_b` elements from row to row.
-  __device__ void add(T const* a, int row_a, T const* b, int row_b) {
+  // Add a [ROWS, DEPTH] x b [DEPTH, COLUMNS]; `row_a`, `row_b` elements from row to row.
+  template <int DEPTH> __device__ void add(T const* a, int row_a, T const* b, int row_b) {
     int const y = threadIdx.x / 16 * R, x = threadIdx.x % 16 * C;
 #pragma unroll 8
-    for (int k = 0; k < 32; ++k) {
+    for (int k = 0; k < DEPTH; ++k) {
       float left[R], right[C];
 #pragma unroll
       for (int i = 0; i < R; ++i) left[i] = to_float(a[(y + i) * row_a + k]);
@@ -130,12 +130,12 @@ template <class T, int ROWS, int COLUMNS> struct Product<T, ROWS, COLUMNS, true>
   __device__ void clear() {
     for (int i = 0; i < each; ++i) nvcuda::wmma::fill_fragment(sum[i], 0.f);
   }
-  __device__ void add(T const* a, int row_a, T const* b, int row_b) {
+  template <int DEPTH> __device__ void add(T const* a, int row_a, T const* b, int row_b) {
     using namespace nvcuda::wmma;
     int const first = threadIdx.x / 32 * each, y = first / line * 16;
     static_assert(line % each == 0, "the pieces of a warp lie in one row");
 #pragma unroll
-    for (int k = 0; k < 32; k += 16) {
+    for (int k = 0; k < DEPTH; k += 16) {
       fragment<matrix_a, 16, 16, 16, T, row_major> left;
       load_matrix_sync(left, a + y * row_a + k, row_a);
 #pragma unroll
