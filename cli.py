@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from . import __version__
+from .cli_plugin import plugin
 from .cli_weights import convert, models, train
 from .errors import RefedgeError, RefedgeWarning
 
@@ -48,7 +49,7 @@ class _Group(click.Group):
 
 @click.group(
     cls=_Group,
-    commands=[train, convert, models],
+    commands=[train, convert, models, plugin],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__)

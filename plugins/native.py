@@ -42,8 +42,8 @@ def build(folder: Path, headers: Path | None = None, compiler: str = "g++") -> P
             (work / f"{architecture}.cubin").write_bytes(image)
             lines.append(f'REFEDGE_CUBIN({architecture[3:]}, "{architecture}.cubin")\n')
         (work / "cubins.inc").write_text("".join(lines))
-        command = [compiler, *_FLAGS, "-Wno-deprecated-declarations", "-isystem", str(include)]
-        command += ["-I", str(_HERE / "cpp"), "-I", ".", "-o", "made.so"]
+        command = [compiler, *_FLAGS, "-Wno-deprecated-declarations", "-I", str(_HERE / "cpp")]
+        command += ["-I", str(include.resolve()), "-I", ".", "-o", "made.so"]
         command += [str(_HERE / "cpp" / "plugin.cpp"), "-ldl"]
         try:
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
