@@ -15,7 +15,12 @@ def plugin() -> None:
 
 @plugin.command()
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=".", show_default=True, help="Folder."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=".",
+    show_default=True,
+    help="Folder.",
 )
 @click.option("--headers", type=click.Path(path_type=Path), help="Folder with NvInferRuntime.h.")
 @click.option("--compiler", default="g++", show_default=True)

@@ -38,9 +38,7 @@ def sections(image: bytes) -> dict[str, int]:
     start, count = struct.unpack_from("<Q", image, 40)[0], struct.unpack_from("<H", image, 60)[0]
     heads = [struct.unpack_from("<IIQQQQIIQQ", image, start + 64 * i) for i in range(count)]
     names = heads[struct.unpack_from("<H", image, 62)[0]][4]
-    return {
-        image[names + h[0] : image.index(b"\0", names + h[0])].decode(): h[7] for h in heads
-    }
+    return {image[names + h[0] : image.index(b"\0", names + h[0])].decode(): h[7] for h in heads}
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,7 @@ template <class F> static void shapes(Operator const& op, F const& out_of) {
   }
 }
 
+static bool alone;  // no registry, so errors come to our own logger
 static char const* const suffixes[] = {"", "_float32", "_float16"};
 static float const epsilon = 1e-4f, below = -1.f;
 static int32_t const later = 9;
@@ -186,6 +187,7 @@ static void conform(Operator const& op, std::string const& name, IPluginCreatorI
   CHECK(rerun->onShapeChange(all.data(), inputs, all.data() + inputs, outputs) != 0);
   void* const attached = rerun->attachToContext(nullptr);
   CHECK(attached);
+  CHECK(!alone || logger.last.find("shapes do not belong together") != std::string::npos);
   delete plugin, delete copy, delete again, delete static_cast<IPluginV3*>(attached);
 }
 #else
@@ -222,7 +224,7 @@ static void conform(Operator const& op, std::string const& name, IPluginCreator*
   CHECK(!creator->deserializePlugin("n", data.data(), data.size()));
   field.data = &below;
   CHECK(!creator->createPlugin("n", &fields));
-  CHECK(logger.last.find("refedge: " + name) == 0);
+  CHECK(!alone || logger.last.find("refedge: " + name) == 0);
   plugin->destroy(), again->destroy();
 }
 #endif
@@ -231,7 +233,8 @@ int main(int count, char** words) {
   void* const library = dlopen(words[1], RTLD_NOW | RTLD_LOCAL);
   if (!library) return std::printf("%s\n", dlerror()), 2;
   IPluginRegistry* registry = nullptr;
-  if (count > 2) {
+  alone = count == 2;
+  if (!alone) {
     void* const tensorrt = dlopen(words[2], RTLD_NOW | RTLD_GLOBAL);
     if (!tensorrt) return std::printf("%s\n", dlerror()), 2;
     auto const get =

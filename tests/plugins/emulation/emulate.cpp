@@ -210,6 +210,13 @@ long long refedge_workspace(int op, int type, refedge::Call* call) {
   return plan.launches ? static_cast<long long>(plan.workspace) : -1;
 }
 
+// The launches of a call, its chunks, and which rows may be read 16 bytes at a time.
+int refedge_plan(int op, int type, refedge::Call* call, refedge::Plan* found) {
+  *found = refedge::plan(refedge::Operator(op), refedge::Type(type), *call);
+  refedge::align(refedge::Operator(op), refedge::Type(type), *call);
+  return found->launches;
+}
+
 // 0: done; 1: refused; 2: no such kernel; 3: threads wait for ever, or misaligned pieces; 4: more
 // shared memory than every architecture gives without being asked.
 int refedge_emulate(int op, int type, refedge::Call* call, int order) {
