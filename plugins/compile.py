@@ -12,12 +12,16 @@ import hashlib
 import json
 import lzma
 import re
+import subprocess
+import tempfile
 from importlib.metadata import files, version
 from pathlib import Path
 from typing import Any
 
 KERNELS = Path(__file__).parent / "kernels"
 TABLE = KERNELS / "cubins.json"
+PAGE = KERNELS.parents[1] / "docs" / "plugins.md"
+MARK = "<!-- resources: make cubins -->\n"
 # architectures, and the packages whose NVRTC and headers compile for them
 SETS = (
     (
@@ -59,7 +63,51 @@ def compile_all() -> None:
                 "kernels": resources(log),
             }
             print(f"sm_{sm}: {len(image)} bytes, {len(packed)} packed")
-    TABLE.write_text(json.dumps({"source": source_hash(), "cubins": cubins}, indent=1) + "\n")
+    record = {"source": source_hash(), "shared": shared(), "cubins": cubins}
+    TABLE.write_text(json.dumps(record, indent=1) + "\n")
+    before, _, rest = PAGE.read_text().partition(MARK)
+    PAGE.write_text(before + MARK + table(record) + MARK + rest.partition(MARK)[2])
+
+
+def shared() -> dict[str, list[int]]:
+    """Shared memory of each kernel in bytes for up to 32 words: float32, and the half types."""
+    source = """
+#include <cstdio>
+#include "call.h"
+int main() {
+  for (int op = 0; op < 3; ++op) {
+    refedge::Call a{}, b{};
+    a.batch = 1, a.pixels = 900, a.channels = 320, a.words = 20, a.heads = 8, a.width = 64;
+    b = a;
+    auto const p = refedge::plan(refedge::Operator(op), refedge::kFloat, a);
+    auto const q = refedge::plan(refedge::Operator(op), refedge::kHalf, b);
+    for (int i = 0; i < p.launches; ++i)
+      std::printf("%s %d %d\\n", p.launch[i].kernel, p.launch[i].shared, q.launch[i].shared);
+  }
+}"""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "plan"
+        command = ["g++", "-std=c++17", "-I", str(KERNELS), "-x", "c++", "-", "-o", str(program)]
+        subprocess.run(command, input=source, text=True, check=True)
+        said = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    rows = (line.split() for line in said.splitlines())
+    return {name: [int(whole), int(half)] for name, whole, half in rows}
+
+
+def table(record: dict[str, Any]) -> str:
+    """The resources as a Markdown table: a row a kernel, a column an architecture."""
+    architectures = list(record["cubins"])
+    lines = ["| kernel | shared memory, KB | " + " | ".join(architectures) + " |"]
+    lines.append("|---" * (len(architectures) + 2) + "|")
+    for kernel, (whole, half) in record["shared"].items():
+        cells = [f"`{kernel}`", f"{whole / 1024:.1f} / {half / 1024:.1f}"]
+        for row in record["cubins"].values():
+            used = [row["kernels"][f"{kernel}_{t}"] for t in ("float32", "float16", "bfloat16")]
+            spilled = max(u["spilled"] for u in used)
+            text = " / ".join(str(u["registers"]) for u in used)
+            cells.append(text + (f" ({spilled} B spilled)" if spilled else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:

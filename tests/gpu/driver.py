@@ -9,23 +9,7 @@ from typing import Any
 import torch
 
 from ...plugins import native
-from ..plugins.emulated import OPERATORS, TYPES, Call, library
-
-
-class _Launch(ctypes.Structure):
-    _fields_ = (
-        ("kernel", ctypes.c_char_p),
-        ("grid", ctypes.c_int * 3),
-        ("shared", ctypes.c_int),
-    )
-
-
-class _Plan(ctypes.Structure):
-    _fields_ = (
-        ("launch", _Launch * 4),
-        ("launches", ctypes.c_int),
-        ("workspace", ctypes.c_ulonglong),
-    )
+from ..plugins.emulated import OPERATORS, TYPES, Call, Plan, library
 
 
 class Kernels:
@@ -48,7 +32,7 @@ class Kernels:
     ) -> tuple[Callable[[], None], int]:  # fmt: skip
         """What launches the operator on torch's current stream, and how many kernels it has."""
         dtype = str(made[0].dtype).removeprefix("torch.")
-        call, plan = Call(**sizes, epsilon=epsilon), _Plan()
+        call, plan = Call(**sizes, epsilon=epsilon), Plan()
         for i, tensor in enumerate(given):
             call.inputs[i] = tensor.data_ptr()
         for i, tensor in enumerate(made):

@@ -176,7 +176,8 @@ def others(operator: str, given: list[list[Any]]) -> dict[str, Form]:
     forms: dict[str, Form] = {}
     for name, chain in chains.items():
         forms[name] = lambda i, f=chain: f(*given[i])
-        forms[f"{name}, compiled"] = lambda i, f=torch.compile(chain, dynamic=False): f(*given[i])
+        fast = torch.compile(chain, dynamic=False)
+        forms[f"{name}, compiled"] = lambda i, f=fast: f(*given[i])
     return forms
 
 

@@ -36,6 +36,26 @@ class Call(ctypes.Structure):
     )  # fmt: skip
 
 
+class Launch(ctypes.Structure):
+    """``refedge::Launch``."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_int * 3),
+        ("shared", ctypes.c_int),
+    )
+
+
+class Plan(ctypes.Structure):
+    """``refedge::Plan``."""
+
+    _fields_ = (
+        ("launch", Launch * 4),
+        ("launches", ctypes.c_int),
+        ("workspace", ctypes.c_ulonglong),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """Compile once per source; skips without a compiler."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from refedge.plugins import reference
 
-from .emulated import TYPES, Call, emulate, from_bits, library, to_bits
+from .emulated import TYPES, Call, Plan, emulate, from_bits, library, to_bits
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "CrossAttention": reference.cross_attention,
@@ -179,6 +179,20 @@ def test_calls_outside_the_limits_are_refused(field: str, value: int) -> None:
         good, bad = Call(**sizes), Call(**{**sizes, field: value})
         assert library().refedge_workspace(operator, 0, ctypes.byref(good)) > 0
         assert library().refedge_workspace(operator, 0, ctypes.byref(bad)) == -1
+
+
+@pytest.mark.parametrize("words", [1, 32, 128])
+@pytest.mark.parametrize("wide", [1, 1024])
+def test_launches_fit_every_architecture(words: int, wide: int) -> None:
+    """48 KB of shared memory are there without asking; grids stay within their limits."""
+    sizes = {"batch": 65535, "pixels": 65535 * 64, "channels": wide, "width": wide}
+    for operator in range(3):
+        for dtype in range(3):
+            call, plan = Call(**sizes, words=words, heads=1024), Plan()
+            assert library().refedge_plan(operator, dtype, ctypes.byref(call), ctypes.byref(plan))
+            for launch in plan.launch[: plan.launches]:
+                assert 0 < launch.shared <= 48 * 1024
+                assert max(launch.grid[1:]) <= 65535
 
 
 @pytest.mark.parametrize("channels", [512, 1024])

@@ -69,6 +69,16 @@ def test_jetpack_6_can_load_it(architecture: str, images: dict[str, bytes]) -> N
     assert tuple(map(int, row["ptx"].split("."))) <= (8, 5)
 
 
+def test_the_page_shows_the_table() -> None:
+    page = compiling.PAGE.read_text().split(compiling.MARK)[1]
+    assert page == compiling.table(json.loads(compiling.TABLE.read_text()))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to ask for the launches")
+def test_shared_memory_is_that_of_the_launches() -> None:
+    assert compiling.shared() == json.loads(compiling.TABLE.read_text())["shared"]
+
+
 @pytest.mark.parametrize("architecture", list(TABLE))
 def test_kernels_stay_within_their_resources(architecture: str) -> None:
     """Two blocks of 256 threads fit 65,536 registers; what is spilled is next to nothing."""
