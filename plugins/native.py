@@ -135,7 +135,7 @@ def version_of(include: Path) -> tuple[int, ...]:
         text = (include / "NvInferVersion.h").read_text("utf-8", "replace")
     except OSError:
         return ()
-    defined = dict(re.findall(r"^#define (\w+) (\w+)", text, re.M))
+    defined: dict[str, str] = dict(re.findall(r"^#define (\w+) (\w+)", text, re.M))
     numbers = []
     for part in ("MAJOR", "MINOR", "PATCH"):
         value = defined.get(f"NV_TENSORRT_{part}", "")

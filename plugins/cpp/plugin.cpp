@@ -61,6 +61,10 @@ constexpr Name kNames[] = {
     {"NormAttention_float32", &kKinds[1]},   {"NormAttention_float16", &kKinds[1]},
     {"MutualAttention", &kKinds[2]},         {"MutualAttention_float32", &kKinds[2]},
     {"MutualAttention_float16", &kKinds[2]},
+#if NV_TENSORRT_MAJOR >= 10
+    {"CrossAttention_bfloat16", &kKinds[0]}, {"NormAttention_bfloat16", &kKinds[1]},
+    {"MutualAttention_bfloat16", &kKinds[2]},
+#endif
 };
 
 bool type_of(DataType given, Type& type) {

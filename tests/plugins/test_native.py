@@ -33,12 +33,28 @@ def test_the_cubins_are_of_this_source() -> None:
     assert set(TABLE) == {f"sm_{sm}" for architectures, _ in compiling.SETS for sm in architectures}
 
 
-def sections(image: bytes) -> dict[str, int]:
-    """``sh_info`` of each section of an ELF file by the section's name."""
+def registers(image: bytes) -> dict[str, int]:
+    """Registers of each kernel by the image itself: ``EIATTR_REGCOUNT`` of its ``.nv.info``."""
     start, count = struct.unpack_from("<Q", image, 40)[0], struct.unpack_from("<H", image, 60)[0]
     heads = [struct.unpack_from("<IIQQQQIIQQ", image, start + 64 * i) for i in range(count)]
-    names = heads[struct.unpack_from("<H", image, 62)[0]][4]
-    return {image[names + h[0] : image.index(b"\0", names + h[0])].decode(): h[7] for h in heads}
+
+    def text(table: tuple[int, ...], at: int) -> str:
+        begin = table[4] + at
+        return image[begin : image.index(b"\0", begin)].decode()
+
+    names = heads[struct.unpack_from("<H", image, 62)[0]]
+    by_name = {text(names, h[0]): h for h in heads}
+    symbols, strings, info = by_name[".symtab"], by_name[".strtab"], by_name[".nv.info"]
+    found, at = {}, info[4]
+    while at < info[4] + info[5]:
+        form, attribute, size = struct.unpack_from("<BBH", image, at)
+        if (form, attribute) == (4, 0x2F):
+            symbol, used = struct.unpack_from("<II", image, at + 4)
+            found[text(strings, struct.unpack_from("<I", image, symbols[4] + 24 * symbol)[0])] = (
+                used
+            )
+        at += 4 + (size if form == 4 else 0)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +68,8 @@ def test_a_cubin_is_what_its_row_says(architecture: str, images: dict[str, bytes
     assert len(image) == row["bytes"]
     assert image[:4] == b"\x7fELF"
     assert struct.unpack_from("<H", image, 18)[0] == 190  # EM_CUDA
-    found = sections(image)
-    assert {name[6:] for name in found if name.startswith(".text.")} == KERNELS
     assert set(row["kernels"]) == KERNELS
-    for name, used in row["kernels"].items():
-        if architecture in JETPACK_6:  # the upper byte holds the registers
-            assert found[f".text.{name}"] >> 24 == used["registers"], name
+    assert registers(image) == {name: used["registers"] for name, used in row["kernels"].items()}
 
 
 @pytest.mark.parametrize("architecture", JETPACK_6)
@@ -81,10 +93,11 @@ def test_shared_memory_is_that_of_the_launches() -> None:
 
 @pytest.mark.parametrize("architecture", list(TABLE))
 def test_kernels_stay_within_their_resources(architecture: str) -> None:
-    """Two blocks of 256 threads fit 65,536 registers; what is spilled is next to nothing."""
+    """Two blocks of 256 threads fit 65,536 registers; little is spilled, and nothing in a loop of
+    NormAttention's output, where most of the work is."""
     for name, used in TABLE[architecture]["kernels"].items():
         assert used["registers"] <= 128, name
-        assert used["spilled"] <= 16, name
+        assert used["spilled"] <= (0 if name.startswith("norm_output") else 80), name
 
 
 def test_a_changed_cubin_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,11 @@ template <class F> static void shapes(Operator const& op, F const& out_of) {
 }
 
 static bool alone;  // no registry, so errors come to our own logger
-static char const* const suffixes[] = {"", "_float32", "_float16"};
+#if NV_TENSORRT_MAJOR >= 10
+static std::vector<char const*> const suffixes{"", "_float32", "_float16", "_bfloat16"};
+#else
+static std::vector<char const*> const suffixes{"", "_float32", "_float16"};
+#endif
 static float const epsilon = 1e-4f, below = -1.f;
 static int32_t const later = 9;
 
@@ -229,6 +233,14 @@ static void conform(Operator const& op, std::string const& name, IPluginCreator*
 }
 #endif
 
+#if NV_TENSORRT_MAJOR >= 10
+static char const* name_of(IPluginCreatorInterface* creator) {
+  return static_cast<IPluginCreatorV3One*>(creator)->getPluginName();
+}
+#else
+static char const* name_of(IPluginCreator* creator) { return creator->getPluginName(); }
+#endif
+
 int main(int count, char** words) {
   void* const library = dlopen(words[1], RTLD_NOW | RTLD_LOCAL);
   if (!library) return std::printf("%s\n", dlerror()), 2;
@@ -253,12 +265,13 @@ int main(int count, char** words) {
       dlsym(library, "getPluginCreators"))(made);
 #endif
   where = "library";
-  CHECK(made == 9);
-  int next = 0;
+  CHECK(made == int(operators.size() * suffixes.size()));
   for (auto const& op : operators)
     for (char const* suffix : suffixes) {
       where = op.name + std::string(suffix);
-      auto* creator = all[next++];
+      auto* creator = all[0];
+      for (int i = 0; i < made; ++i)
+        if (where == name_of(all[i])) creator = all[i];
       if (registry) {
 #if NV_TENSORRT_MAJOR >= 10
         creator = registry->getCreator(where.c_str(), "1", "refedge");
