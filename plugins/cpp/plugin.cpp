@@ -6,8 +6,9 @@
 // words and relevance are float32, all else is of one type. Layout is linear.
 #include <NvInferRuntime.h>
 
+#include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -436,6 +437,23 @@ AnyCreator* const* creators(int32_t& count) {
   }();
   count = static_cast<int32_t>(all.size());
   return all.data();
+}
+
+// For hosts that only dlopen a library, such as Triton's TensorRT backend: with the variable
+// REFEDGE_PLUGINS_REGISTER set, the creators enter the registry of the TensorRT that is loaded.
+__attribute__((constructor)) void enter_registry() {
+  if (!std::getenv("REFEDGE_PLUGINS_REGISTER")) return;
+  void* get = dlsym(RTLD_DEFAULT, "getPluginRegistry");
+  if (!get) {
+    std::string const name = "libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR);
+    void* const tensorrt = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (tensorrt) get = dlsym(tensorrt, "getPluginRegistry");
+  }
+  if (!get) return;
+  IPluginRegistry* const registry = reinterpret_cast<IPluginRegistry* (*)()>(get)();
+  int32_t count = 0;
+  AnyCreator* const* const all = creators(count);
+  for (int32_t i = 0; i < count; ++i) registry->registerCreator(*all[i], "refedge");
 }
 
 }  // namespace

@@ -221,8 +221,10 @@ def test_tensorrt_s_own_registry_takes_the_library(tag: str, tmp_path: Path) -> 
     """The registry of 11, asked through 11's headers, with libraries of every generation."""
     library = native.build(tmp_path, HEADERS / tag / "include")
     latest = max(FOUND, key=lambda t: [int(n) for n in t[1:].split(".")])
-    done = run(conformance(tmp_path, latest), library, LEAN)
-    assert "0 failed" in done, done
+    program = conformance(tmp_path, latest)
+    for way in ((), ("alone",)):
+        done = run(program, library, LEAN, *way)
+        assert "0 failed" in done, done
 
 
 def run(*command: Any) -> str:

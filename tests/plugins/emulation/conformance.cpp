@@ -1,5 +1,6 @@
 // Loads the plugin library as TensorRT does and asks it what a builder and a runtime ask.
-// usage: conformance PLUGIN [REGISTRY]; REGISTRY: a libnvinfer whose own registry loads PLUGIN.
+// usage: conformance PLUGIN [REGISTRY [alone]]; REGISTRY: a libnvinfer whose own registry loads
+// PLUGIN, or, with a third word, into whose registry PLUGIN enters its creators by itself.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -242,17 +243,18 @@ static char const* name_of(IPluginCreator* creator) { return creator->getPluginN
 #endif
 
 int main(int count, char** words) {
+  void* const tensorrt = count > 2 ? dlopen(words[2], RTLD_NOW | RTLD_GLOBAL) : nullptr;
+  if (count > 2 && !tensorrt) return std::printf("%s\n", dlerror()), 2;
+  if (count > 3) setenv("REFEDGE_PLUGINS_REGISTER", "1", 1);
   void* const library = dlopen(words[1], RTLD_NOW | RTLD_LOCAL);
   if (!library) return std::printf("%s\n", dlerror()), 2;
   IPluginRegistry* registry = nullptr;
   alone = count == 2;
   if (!alone) {
-    void* const tensorrt = dlopen(words[2], RTLD_NOW | RTLD_GLOBAL);
-    if (!tensorrt) return std::printf("%s\n", dlerror()), 2;
     auto const get =
         reinterpret_cast<IPluginRegistry* (*)()>(dlsym(tensorrt, "getPluginRegistry"));
     registry = get();
-    if (!registry->loadLibrary(words[1])) return std::printf("the registry refused it\n"), 2;
+    if (count == 3 && !registry->loadLibrary(words[1])) return std::printf("the registry refused it\n"), 2;
   } else {
     reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"))(&finder);
   }
