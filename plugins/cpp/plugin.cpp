@@ -439,18 +439,19 @@ AnyCreator* const* creators(int32_t& count) {
   return all.data();
 }
 
-// For hosts that only dlopen a library, such as Triton's TensorRT backend: with the variable
-// REFEDGE_PLUGINS_REGISTER set, the creators enter the registry of the TensorRT that is loaded.
+// For hosts that only open a library, such as Triton by LD_PRELOAD: with REFEDGE_PLUGINS_REGISTER
+// set, the creators enter the registry of the TensorRT that is there. A registry of another
+// generation has another layout and is left alone.
 __attribute__((constructor)) void enter_registry() {
   if (!std::getenv("REFEDGE_PLUGINS_REGISTER")) return;
-  void* get = dlsym(RTLD_DEFAULT, "getPluginRegistry");
-  if (!get) {
-    std::string const name = "libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR);
-    void* const tensorrt = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    if (tensorrt) get = dlsym(tensorrt, "getPluginRegistry");
-  }
-  if (!get) return;
-  IPluginRegistry* const registry = reinterpret_cast<IPluginRegistry* (*)()>(get)();
+  void* from = RTLD_DEFAULT;
+  if (!dlsym(from, "getPluginRegistry"))
+    from = dlopen(("libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR)).c_str(), RTLD_LAZY);
+  if (!dlsym(from, "getPluginRegistry") || !dlsym(from, "getInferLibVersion")) return;
+  int32_t const version = reinterpret_cast<int32_t (*)()>(dlsym(from, "getInferLibVersion"))();
+  if (version / (version < 10000 ? 1000 : 10000) != NV_TENSORRT_MAJOR) return;
+  IPluginRegistry* const registry =
+      reinterpret_cast<IPluginRegistry* (*)()>(dlsym(from, "getPluginRegistry"))();
   int32_t count = 0;
   AnyCreator* const* const all = creators(count);
   for (int32_t i = 0; i < count; ++i) registry->registerCreator(*all[i], "refedge");
