@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: demo methods parity test lint types tests py310 gpu clean
+.PHONY: demo methods parity cubins plugins test lint types tests py310 gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/refedge demo $(MODEL)
@@ -69,6 +69,30 @@ BUDGET     ?= 25
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu: .mypath/refedge
 	PYTHONPATH=.mypath $(GPU_PYTHON) -m refedge.benchmarks.gpu.run --budget $(BUDGET)
+
+# the kernels of plugins/kernels for every architecture, without a GPU: a few minutes
+CUDA12 := nvidia-cuda-nvrtc-cu12==12.6.* nvidia-cuda-runtime-cu12==12.6.* nvidia-cuda-nvcc-cu12==12.6.*
+CUDA13 := nvidia-cuda-nvrtc==13.0.* nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.*
+cubins: .mypath/refedge
+	$(PYTHON) -m venv .cache/cuda
+	.cache/cuda/bin/python -m pip install -q --no-compile $(foreach p,$(CUDA12) $(CUDA13),"$(p)")
+	PYTHONPATH=.mypath .cache/cuda/bin/python -m refedge.plugins.compile
+
+# the plugin library against the headers of each generation of TensorRT, and in the registry of its
+# lean runtime; needs g++, git and a clone of NVIDIA's TensorRT repository (TENSORRT_REPO)
+TENSORRT_REPO ?= https://github.com/NVIDIA/TensorRT.git
+TENSORRT_TAGS := v8.6.1 v10.0.0 v10.3.0 v10.13.0 v11.1
+plugins: $(VENV)/.installed
+	mkdir -p .cache/tensorrt
+	test -d .cache/tensorrt/repo || \
+	  git clone -q --bare --filter=blob:none "$(TENSORRT_REPO)" .cache/tensorrt/repo
+	for tag in $(TENSORRT_TAGS); do mkdir -p .cache/tensorrt/$$tag; \
+	  git -C .cache/tensorrt/repo archive $$tag include | tar x -C .cache/tensorrt/$$tag || exit 1; done
+	$(PYTHON) -m venv .cache/lean
+	.cache/lean/bin/python -m pip install -q --no-compile --no-deps "tensorrt-lean-cu13-libs==11.4.0.106"
+	REFEDGE_TENSORRT_HEADERS=$(CURDIR)/.cache/tensorrt \
+	  REFEDGE_TENSORRT_LEAN=$$(find $(CURDIR)/.cache/lean -name 'libnvinfer_lean.so.11') \
+	  $(BIN)/python -m pytest -rs tests/plugins
 
 clean:
 	rm -rf $(VENV) $(VENV)310 .mypath build dist out *.egg-info

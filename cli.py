@@ -17,6 +17,7 @@ import click
 
 from . import __version__
 from .cli_engines import build, doctor, inspect
+from .cli_plugin import plugin
 from .cli_weights import convert, export, models, train
 from .errors import RefedgeError, RefedgeWarning
 
@@ -49,7 +50,7 @@ class _Group(click.Group):
 
 @click.group(
     cls=_Group,
-    commands=[train, convert, export, models, build, inspect, doctor],
+    commands=[train, convert, export, models, build, inspect, doctor, plugin],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__)

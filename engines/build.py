@@ -100,7 +100,7 @@ def build(
                 bool(source.int8(part.name)),
                 source.pinned(part.name),
                 shapes_of(bundle.manifest, part, profile, batches),
-                tuple(str(folder / name) for name in record.plugins),
+                {str(folder / name): sha256 for name, sha256 in record.plugins.items()},
                 options,
             )
             result = _in_a_process(task, say)
@@ -167,7 +167,7 @@ def _copied(library: Path, folder: Path) -> str:
         data = library.read_bytes()
     except OSError as error:
         raise InputError(
-            "plugin-unreadable",
+            "plugin-missing",
             f"the plugin library {library} cannot be read",
             why=error.strerror or str(error),
             fix="give the path of the .so file",

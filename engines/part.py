@@ -55,6 +55,7 @@ class PartTask:
     rest, int8: the plan's precision outside the integers, and whether there are integers.
     pinned: names of ONNX nodes that stay in float32; for a TensorRT that chooses types itself.
     shapes: input to its least, usual and largest shape; inputs of one shape are not there.
+    plugins: libraries to load first: path to SHA-256.
     """
 
     part: str
@@ -65,7 +66,7 @@ class PartTask:
     int8: bool
     pinned: tuple[str, ...]
     shapes: Shapes
-    plugins: tuple[str, ...] = ()
+    plugins: dict[str, str] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
 
 

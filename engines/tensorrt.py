@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import BackendError, EngineError
+from ..plugins.native import register
 
 _KEPT = 200  # lines of TensorRT's log
 _SAID = 4  # of them in an error
@@ -66,20 +67,7 @@ def last_words(lines: Iterable[str]) -> str:
     return " | ".join(list(lines)[-_SAID:]) or "TensorRT gave no message"
 
 
-def load_plugins(trt: Any, logger: Any, libraries: Iterable[str]) -> None:
-    """Load libraries that register plugins; raises EngineError ``engine-plugin``."""
+def load_plugins(trt: Any, logger: Any, libraries: Mapping[str, str]) -> None:
+    """Load libraries (path to SHA-256) that register plugins; EngineError ``plugin-...``."""
     trt.init_libnvinfer_plugins(logger, "")
-    registry = trt.get_plugin_registry()
-    for library in libraries:
-        try:
-            handle = registry.load_library(library)
-        except RuntimeError as error:
-            logger.lines.append(str(error))
-            handle = None
-        if handle is None:
-            raise EngineError(
-                "engine-plugin",
-                f"TensorRT {trt.__version__} cannot load the plugin library {Path(library).name}",
-                why=last_words(logger.lines),
-                fix="build the library on this machine, with its own TensorRT's headers",
-            )
+    register(trt, {Path(path): sha256 for path, sha256 in libraries.items()}, logger.lines)

@@ -55,7 +55,7 @@ def page(results: Path) -> str:
         heads = ("model", "what", "agreement", "mIoU", "uncached", "cached", "artefact")
         lines += _table(heads, rows)
     expected = {"machine": "the device's own rates", "operators": "the builder's smoke",
-                "tests": "tests on a GPU", "kernels": "fused kernels"}  # fmt: skip
+                "kernels": "fused kernels"}  # fmt: skip
     missing = [text for name, text in expected.items() if name not in found]
     missing += [] if rows else ["engines and PyTorch beside them"]
     return "\n".join([*lines, f"\nNot yet measured: {', '.join(missing) or 'nothing'}.", ""])

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import BackendError, EngineError, RefedgeWarning
+from ...plugins.native import register
 from ..bundle import Bundle
 from ..engine import EngineSpec, Target
 from ..manifest import PartSpec
@@ -311,23 +312,10 @@ def _deserialise(data: bytes, spec: EngineSpec) -> _Engine:
 
 def _load_plugins(engines: Engines) -> None:
     trt, logger = tensorrt()
-    for name, sha256 in engines.record.plugins.items():
-        if sha256 in _plugins:
-            continue
-        path = engines.plugin(name)
-        logger.take()
-        try:
-            library = trt.get_plugin_registry().load_library(str(path))
-        except RuntimeError:  # 10 raises, 8.6 returns None
-            library = None
-        if library is None:
-            raise EngineError(
-                "engine-plugin",
-                f"TensorRT {trt.__version__} cannot load the plugin {name}",
-                why=logger.take(),
-                fix="build the plugin and the engines again on this machine",
-            )
-        _plugins[sha256] = library
+    fresh = {n: h for n, h in engines.record.plugins.items() if h not in _plugins}
+    logger.take()
+    handles = register(trt, {engines.plugin(n): h for n, h in fresh.items()}, logger.lines)
+    _plugins.update(zip(fresh.values(), handles, strict=True))
 
 
 def _check(engine: Any, part: PartSpec, spec: EngineSpec) -> None:

@@ -155,6 +155,6 @@ def test_a_page_with_results(tmp_path: Path) -> None:
     assert "| m | TensorRT fp16 | 0.9991 | 0.7900 | 3.25* | 2.50 | abcdef01 |" in text
     assert "| m | int8 | failed | [engine-refused] no |" in text
     assert "| m | torch eager float32 |  |  | 12.50 |" in text
-    assert "Not yet measured: the builder's smoke, tests on a GPU, fused kernels." in text
+    assert "Not yet measured: the builder's smoke, fused kernels." in text
     (tmp_path / "gpu-engines-m.json").write_text(json.dumps(engines(False)))
     assert "| m | TensorRT fp16 | – | – |" in page.page(tmp_path), "seeded weights: no accuracy"

@@ -163,7 +163,7 @@ def test_plugins_travel_with_the_engines(board: Path, builder: Builder, tmp_path
     assert Path(copy).read_bytes() == b"code"
     with pytest.raises(InputError) as caught:
         run(board, plugins=[tmp_path / "none.so"])
-    assert caught.value.code == "plugin-unreadable"
+    assert caught.value.code == "plugin-missing"
 
 
 def test_another_machine_is_refused(board: Path, builder: Builder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +216,11 @@ def test_a_missing_plugin_is_called_so(tmp_path: Path) -> None:
 
 def test_a_library_that_registers_nothing_is_refused(tmp_path: Path) -> None:
     world = bindings("10.3", **{"IPluginRegistry.load_library": None})
+    library = tmp_path / "librefedge.so"
+    library.write_bytes(b"code")
     with pytest.raises(EngineError) as caught:
-        load_plugins(world, new_log(world), [str(tmp_path / "librefedge.so")])
-    assert caught.value.code == "engine-plugin"
+        load_plugins(world, new_log(world), {str(library): hashlib.sha256(b"code").hexdigest()})
+    assert caught.value.code == "plugin-refused"
     assert "librefedge.so" in caught.value.what
 
 
