@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refedge.plugins import reference
 
 from .emulated import (
     BARS,
