@@ -52,7 +52,8 @@ def build(
 ) -> EngineSet:
     """Engines of all parts of a plan, in ``<bundle>/engines/<target>/<plan>/``.
 
-    plugins: libraries to load first; they are copied beside the engines.
+    plugins: libraries to load first; they are copied beside the engines. With them, the dialect
+             whose blocks are one node is taken where the bundle has it.
     batches: JSON file with the batches that were seen (``docs/engines.md``); None: the manifest's.
     target:  refuse unless this machine's target has this in its name.
     inspect: raise EngineError ``engine-precision`` where an engine is not what the plan says.
@@ -67,7 +68,7 @@ def build(
             why=f"it is {here.name}",
             fix="build on that machine; only there its engines can be made",
         )
-    source = source_of(bundle, plan, dialect_of(trt.__version__))
+    source = source_of(bundle, plan, dialect_of(trt.__version__), fused=bool(plugins))
     options = options or Options()
     root = bundle.path / FOLDER / here.name
     folder = root / plan

@@ -27,7 +27,7 @@ def trtexec_lines(
 ) -> list[str]:
     """A line per part; ``version`` is TensorRT's, ``10.3``. Paths are the bundle's."""
     bundle = open_bundle(path)
-    source = source_of(bundle, plan, dialect_of(version))
+    source = source_of(bundle, plan, dialect_of(version), fused=bool(plugins))
     lines = []
     for part in bundle.manifest.parts:
         profile = profile_of(part, batches)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -330,3 +331,14 @@ def test_trtexec_lines(version: str, plan: str, quantized: Path) -> None:
         assert ("int8" in words) == (version == "8.6" and plan == "int8")
         assert ("layerPrecisions" in words) == ("precisionConstraints" in words)
     assert "--maxShapes=ids:16x20,words:16x20" in made[0]
+
+
+def test_a_plugin_takes_the_graphs_with_fused_nodes(quantized: Path) -> None:
+    opened = open_bundle(quantized)
+    plain = opened.dialect(["trt10"], "int8")
+    assert source_of(opened, "int8", "trt10", fused=True).dialect == plain  # it has no others
+    fused = replace(plain, name="trt10-plugin")
+    manifest = replace(opened.manifest, dialects=(*opened.manifest.dialects, fused))
+    opened = replace(opened, manifest=manifest)
+    assert source_of(opened, "int8", "trt10", fused=True).dialect == fused
+    assert source_of(opened, "int8", "trt10").dialect == plain
