@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import BundleError
+from ..runtime.engine import FOLDER
 from ..runtime.manifest import MANIFEST, FileSpec, Manifest, encode_manifest
 
 
@@ -66,7 +67,10 @@ class BundleWriter:
         self._files[name] = spec
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Write the manifest with the hashes of all files and put the bundle in its place."""
+        """Write the manifest with the hashes of all files and put the bundle in its place.
+
+        Engines that were built from the bundle before stay: each names the graph it is of.
+        """
         manifest = replace(manifest, files=dict(sorted(self._files.items())))
         (self.folder / MANIFEST).write_bytes(encode_manifest(manifest))
         self.folder.chmod(0o755)
@@ -78,6 +82,8 @@ class BundleWriter:
             except OSError:
                 os.rename(old, self.target)
                 raise
+            if (old / FOLDER).is_dir():
+                os.rename(old / FOLDER, self.target / FOLDER)
             shutil.rmtree(old)
         else:
             os.rename(self.folder, self.target)

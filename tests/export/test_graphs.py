@@ -317,3 +317,18 @@ def test_a_name_has_one_content(tmp_path: Path) -> None:
         writer.add("w", b"1")
         with pytest.raises(ValueError, match="other content"):
             writer.add("w", b"2")
+
+
+def test_a_replaced_bundle_keeps_its_engines(tmp_path: Path) -> None:
+    target = tmp_path / "a.refedge"
+    for content in (b"abc", b"other"):
+        with BundleWriter(target) as writer:
+            writer.add("graphs/mask.onnx", content)
+            writer.commit(MANIFEST)
+        engine = target / "engines" / "trt10" / "fp16" / "mask.engine"
+        if content == b"abc":
+            engine.parent.mkdir(parents=True)
+            engine.write_bytes(b"built for an hour")
+    assert engine.read_bytes() == b"built for an hour"
+    assert open_bundle(target).manifest.files["graphs/mask.onnx"].bytes == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["a.refedge"]
