@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: demo methods parity cubins plugins test lint types tests py310 gpu clean
+.PHONY: demo methods parity cubins plugins test lint types tests py310 gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/refedge demo $(MODEL)
@@ -63,6 +63,12 @@ parity: $(VENV)/.installed
 	    failed="$$failed $$f"; \
 	  rm -rf out/parity/$$f-paper.refedge; \
 	done; test -z "$$failed" || { echo "no parity:$$failed"; exit 1; }
+
+# what a GPU host without a package index may lack, for its Python 3.12; make gpu installs them there
+wheels: $(VENV)/.installed
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
+	  --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 -d .gpukit/wheels \
+	  msgspec pycocotools
 
 # everything that needs a GPU, on the host's own Python where there is no .venv; elsewhere dry checks
 BUDGET     ?= 25
