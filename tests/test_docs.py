@@ -77,8 +77,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_files_that_are_named_are_there(path: Path) -> None:
-    rooms = "runtime|data|models|export|training|benchmarks|tests|docs"
-    for name in re.findall(rf"`((?:{rooms})/[\w./-]+\.(?:py|md|json))`", path.read_text()):
+    rooms = "runtime|data|models|export|calibration|engines|plugins|training|benchmarks|tests|docs"
+    for name in re.findall(rf"`((?:{rooms})/[\w./-]+\.(?:py|md|json|cpp|h))`", path.read_text()):
         assert (ROOT / name).exists(), f"{path.name}: {name}"
 
 
