@@ -129,6 +129,9 @@ def _network_flags(trt: Any) -> int:
 
 def _set_options(trt: Any, config: Any, options: Options) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspection
+    if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
+        # 8.6 lends a profile to one context only, and the runtime has one for every shape
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.level is not None:

@@ -22,7 +22,7 @@ _CLASSES = """
     IHostMemory ILayer ILogger INetworkDefinition IOptimizationProfile IOutputAllocator
     IPluginRegistry IProgressMonitor IRuntimeConfig ITensor ITimingCache LayerInformationFormat
     MemoryPoolType NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag ParserError
-    ProfilingVerbosity Refitter Runtime TensorFormat TensorIOMode TensorLocation
+    PreviewFeature ProfilingVerbosity Refitter Runtime TensorFormat TensorIOMode TensorLocation
 """
 CLASSES = _CLASSES.split()
 LOOK = r"""
