@@ -7,7 +7,6 @@ of a real forward, and about two fifths of the pixels are positive, so that pari
 
 from __future__ import annotations
 
-import re
 from typing import TypeVar
 
 import torch
@@ -18,11 +17,9 @@ from .parts import HOST, Network
 
 N = TypeVar("N", bound=Network)
 _SEEN = 6  # expressions that set norms and threshold
-# the end of a residual branch: thirty branches as strong as the stream they add to multiply
+# the last norm of a residual branch: thirty branches as strong as the stream they add to multiply
 # float32's rounding a thousandfold
-_BRANCH_NORM = "bn3.weight"
-_BRANCH_LINEAR = re.compile(r"\.blocks\.\d+\.(attn\.proj|mlp\.fc2)\.weight$")
-_BRANCH = 0.3
+_BRANCH_END = "bn3.weight"
 POSITIVE = 0.4  # share of pixels that end up above zero on the seed's own images
 
 
@@ -49,8 +46,8 @@ def seed_weights(model: N, seed: int) -> N:
 
 
 def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    if "layer_scale" in name or name.endswith(_BRANCH_NORM):
-        parameter.fill_(_BRANCH)
+    if "layer_scale" in name or name.endswith(_BRANCH_END):
+        parameter.fill_(0.3)
     elif parameter.ndim < 2:
         is_scale = name.endswith("weight")
         parameter.normal_(1.0 if is_scale else 0.0, 0.1, generator=generator)
@@ -58,5 +55,4 @@ def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, 0.5, generator=generator)
     else:
         fan_in = parameter[0].numel()
-        scale = _BRANCH if _BRANCH_LINEAR.search(name) else 1.0
-        parameter.normal_(0.0, scale * fan_in**-0.5, generator=generator)
+        parameter.normal_(0.0, fan_in**-0.5, generator=generator)
