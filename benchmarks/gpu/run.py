@@ -93,7 +93,7 @@ def prepare(work: Path, dry: bool) -> dict[str, str]:
     if boot.is_file() and not dry and not (KIT / ".complete").is_file():
         subprocess.run(["bash", str(boot), "trt"], cwd=ROOT, check=False)
     wheels, site = sorted((ROOT / ".gpukit/wheels").glob("*.whl")), work / "site"
-    if wheels and not site.is_dir():
+    if wheels and not dry and not site.is_dir():
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
         subprocess.run([*command, "--target", str(site), *map(str, wheels)], check=False)
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
