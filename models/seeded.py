@@ -17,9 +17,11 @@ from .parts import HOST, Network
 
 N = TypeVar("N", bound=Network)
 _SEEN = 6  # expressions that set norms and threshold
-# the last norm of a residual branch: thirty branches as strong as the stream they add to multiply
-# float32's rounding a thousandfold
-_BRANCH_END = "bn3.weight"
+# ends of residual branches, which are to be weaker than the stream they add to: thirty equal ones
+# of a ResNet multiply float32's rounding a thousandfold, twelve of BERT make all words alike
+_BRANCH = 0.3
+_BRANCH_NORM = "bn3.weight"
+_BRANCH_LINEAR = "output.dense.weight"
 POSITIVE = 0.4  # share of pixels that end up above zero on the seed's own images
 
 
@@ -46,8 +48,8 @@ def seed_weights(model: N, seed: int) -> N:
 
 
 def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    if "layer_scale" in name or name.endswith(_BRANCH_END):
-        parameter.fill_(0.3)
+    if "layer_scale" in name or name.endswith(_BRANCH_NORM):
+        parameter.fill_(_BRANCH)
     elif parameter.ndim < 2:
         is_scale = name.endswith("weight")
         parameter.normal_(1.0 if is_scale else 0.0, 0.1, generator=generator)
@@ -55,4 +57,5 @@ def _fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, 0.5, generator=generator)
     else:
         fan_in = parameter[0].numel()
-        parameter.normal_(0.0, fan_in**-0.5, generator=generator)
+        scale = _BRANCH if name.endswith(_BRANCH_LINEAR) else 1.0
+        parameter.normal_(0.0, scale * fan_in**-0.5, generator=generator)
