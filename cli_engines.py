@@ -100,7 +100,7 @@ def doctor(as_json: bool) -> None:
 def _version(target: str) -> str:
     """TensorRT's version for trtexec's lines: as asked for, or this machine's."""
     if not target:
-        from .engines.tensorrt import open_tensorrt
+        from .runtime.backends.bindings import open_tensorrt
 
         return str(open_tensorrt().__version__)
     if not target[:1].isdigit():

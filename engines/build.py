@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from ..errors import EngineError, InputError
+from ..runtime.backends.bindings import open_tensorrt
 from ..runtime.backends.cuda import target_for
 from ..runtime.bundle import open_bundle, sha256_of
 from ..runtime.engine import FOLDER, RECORD, EngineSet, EngineSpec, decode_engines, encode_engines
@@ -34,7 +35,7 @@ from .layers import Inspection, inspect_layers, read_layers, require_plan
 from .part import Options, PartResult, PartTask
 from .refusals import no_memory
 from .source import Source, profile_of, shapes_of, source_of
-from .tensorrt import dialect_of, open_tensorrt
+from .tensorrt import dialect_of
 
 _LINES = 30  # of a builder process that died
 

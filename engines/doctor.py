@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RefedgeError
+from ..runtime.backends.bindings import open_tensorrt
 from ..runtime.backends.cuda import device
 from ..runtime.cpu import flags, int8_dialects, processor
-from .tensorrt import dialect_of, open_tensorrt
+from .tensorrt import dialect_of
 
 _SECONDS = 5.0  # that a helper program may take
 _CORE = ("numpy", "pillow", "tokenizers", "msgspec", "click", "rich")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError, RefedgeError
+from ..runtime.backends.bindings import open_tensorrt
 from ..runtime.backends.cuda import target_for
 from ..runtime.bundle import Bundle, open_bundle
 from ..runtime.engine import FOLDER, RECORD, EngineSet, Target, decode_engines
 from ..runtime.manifest import PartSpec, TensorSpec
-from .tensorrt import open_tensorrt
 
 
 def inspect_bundle(path: str | Path) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from typing import Any
 import msgspec
 
 from ..errors import EngineError, RefedgeError
+from ..runtime.backends.bindings import last_words, new_log, open_tensorrt
 from ..runtime.files import write_atomically
 from .progress import new_progress
 from .refusals import not_built, not_parsed
-from .tensorrt import last_words, load_plugins, new_log, open_tensorrt
+from .tensorrt import load_plugins
 
 Say = Callable[[str], None]
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import EngineError
-from .tensorrt import last_words
+from ..runtime.backends.bindings import last_words
 
 # words of the parser and of the builder, 8.6 to 11
 _PLUGIN = re.compile(r"plugin creator|find plugin|plugin not found|No importer registered", re.I)

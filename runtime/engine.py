@@ -9,20 +9,18 @@ not change when engines are built.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from ..errors import EngineError
+from .sealed import BLANK, broken, seal
 
 SCHEMA = 1
 RECORD = "engines.json"
 FOLDER = "engines"
-_BLANK = "0" * 64
-_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
 @dataclass(frozen=True)
@@ -97,24 +95,18 @@ class EngineSet:
     plugins: dict[str, str] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
-    digest: str = _BLANK
+    digest: str = BLANK
 
 
 def encode_engines(record: EngineSet) -> bytes:
     """Indented JSON with its own digest filled in."""
-    blank = msgspec.json.format(msgspec.json.encode(replace(record, digest=_BLANK)), indent=1)
-    digest = hashlib.sha256(blank).hexdigest()
-    return _DIGEST.sub(f'"digest": "{digest}"'.encode(), blank)
+    return seal(record)
 
 
 def decode_engines(raw: bytes) -> EngineSet:
     """Check the digest, then parse and validate; raises EngineError ``engine-damaged``."""
-    found = _DIGEST.findall(raw)
-    if len(found) != 1:
-        raise _damaged("it holds no digest of itself")
-    digest: bytes = found[0]
-    if hashlib.sha256(raw.replace(digest, _BLANK.encode())).hexdigest() != digest.decode():
-        raise _damaged("its bytes do not match its digest")
+    if why := broken(raw):
+        raise _damaged(why)
     try:
         record = msgspec.json.decode(raw, type=EngineSet)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -6,19 +6,16 @@ SHA-256 of every other file, so a reader knows that it holds what the exporter w
 
 from __future__ import annotations
 
-import hashlib
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 
 from ..errors import BundleError
+from .sealed import BLANK, broken, seal
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-_BLANK = "0" * 64
-_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ class Manifest:
     folding: tuple[dict[str, Any], ...] = ()
     accuracy: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
-    digest: str = _BLANK
+    digest: str = BLANK
 
     def part(self, name: str) -> PartSpec:
         """The part of that name."""
@@ -153,19 +150,13 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Indented JSON with its own digest filled in."""
-    blank = msgspec.json.format(msgspec.json.encode(replace(manifest, digest=_BLANK)), indent=1)
-    digest = hashlib.sha256(blank).hexdigest()
-    return _DIGEST.sub(f'"digest": "{digest}"'.encode(), blank)
+    return seal(manifest)
 
 
 def decode_manifest(raw: bytes) -> Manifest:
     """Check the digest, then parse and validate."""
-    found = _DIGEST.findall(raw)
-    if len(found) != 1:
-        raise _damaged("it holds no digest of itself")
-    digest: bytes = found[0]
-    if hashlib.sha256(raw.replace(digest, _BLANK.encode())).hexdigest() != digest.decode():
-        raise _damaged("its bytes do not match its digest")
+    if why := broken(raw):
+        raise _damaged(why)
     try:
         version = msgspec.json.decode(raw)["schema"]
         if version != SCHEMA:

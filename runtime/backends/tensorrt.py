@@ -30,6 +30,7 @@ from ..bundle import Bundle
 from ..engine import EngineSpec, Target
 from ..manifest import PartSpec
 from . import probe
+from .bindings import new_log, open_tensorrt
 from .cuda import Block, Cuda, Graph, target_for
 from .engine_files import Engines, find_engines
 from .protocol import Arrays
@@ -56,31 +57,8 @@ def tensorrt() -> tuple[Any, Any]:
 
     Raises BackendError ``backend-missing``.
     """
-    try:
-        import tensorrt as trt
-    except (ImportError, OSError) as error:
-        raise BackendError(
-            "backend-missing",
-            "TensorRT is not installed",
-            why=str(error),
-            fix="install the system's own (python3-libnvinfer, part of JetPack), or use "
-            "backend='onnxruntime'",
-        ) from error
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if int(severity) <= int(trt.ILogger.WARNING):
-                self.lines = [*self.lines[-19:], f"[{severity.name}] {msg}"]
-
-        def take(self) -> str:
-            lines, self.lines = self.lines[-5:], []
-            return "\n".join(lines) or "TensorRT gave no reason"
-
-    logger = Log()
+    trt = open_tensorrt()
+    logger = new_log(trt)
     trt.init_libnvinfer_plugins(logger, "")
     return trt, logger
 

@@ -11,6 +11,7 @@ from . import conformance
 ROOT = Path(__file__).parents[2]
 MODULES = [
     *sorted((ROOT / "engines").glob("*.py")),
+    ROOT / "runtime" / "backends" / "bindings.py",
     *sorted((ROOT / "runtime" / "backends").glob("tensorrt*.py")),
 ]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from refedge.engines.part import Options, PartTask, build_part
-from refedge.engines.tensorrt import dialect_of, load_plugins, new_log
+from refedge.engines.tensorrt import dialect_of, load_plugins
 from refedge.errors import EngineError
+from refedge.runtime.backends.bindings import new_log
 
 from .stand_in import Bindings, Member, Thing
 
