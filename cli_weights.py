@@ -16,6 +16,7 @@ from .errors import InputError
 @click.option("--size", type=int, help="Pixels per side, a multiple of 32.")
 @click.option("--difficulty", default="lite", show_default=True)
 @click.option("--steps", type=int, default=7000, show_default=True)
+@click.option("--rate", type=float, default=3e-3, show_default=True, help="Highest learning rate.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--bf16", is_flag=True, help="Autocast to bfloat16.")
@@ -28,6 +29,7 @@ def train(
     size: int | None,
     difficulty: str,
     steps: int,
+    rate: float,
     seed: int,
     device: str,
     bf16: bool,
@@ -44,7 +46,7 @@ def train(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    recipe = Recipe(difficulty=difficulty, steps=steps, seed=seed, bfloat16=bf16)
+    recipe = Recipe(difficulty=difficulty, steps=steps, rate=rate, seed=seed, bfloat16=bf16)
     name, _, configuration = model.partition(":")
     config = configuration_named(name, configuration or "tiny", size)
     run(name, config, recipe, folder, device=device, workers=workers, every=every, say=click.echo)

@@ -63,7 +63,7 @@ PAPER = LAVTConfig()
 TINY = LAVTConfig(
     size=96,
     swin=SwinConfig(
-        width=28, depths=(2, 2, 2, 1), heads=(1, 2, 4, 4), window=12, ratio=2, drop_path=0.0
+        width=28, depths=(2, 2, 2, 1), heads=(4, 4, 8, 8), window=12, ratio=2, drop_path=0.0
     ),
     head_width=40,
     text=TextConfig(vocabulary=64, width=48, layers=2, heads=4, hidden=96, positions=20),
