@@ -17,11 +17,14 @@ from ..data.protocols import protocol_named
 from ..errors import DataError
 from ..export.apply import apply_plan
 from ..export.dialects import require_dialects
+from ..export.equalize import equalize
 from ..export.graph import GraphIndex
 from ..runtime.bundle import Bundle, open_bundle
 from ..runtime.manifest import Manifest
-from ..runtime.plan import Calibration, PartPlan, Plan, WeightScale
+from ..runtime.plan import Calibration, ChannelScale, PartPlan, Plan, WeightScale
 from ..runtime.segmenter import load
+from .equalization import SAMPLES as CHANNEL_SAMPLES
+from .equalization import channel_scales
 from .naive import naive_placement
 from .placement import Placement, is_high, place, weighted_macs
 from .ranges import METHODS, scale_of, weight_scales
@@ -125,6 +128,11 @@ def calibrated_plan(
     choose = naive_placement if name == "naive" else place
     high = bundle.manifest.high
     parts = {part: _Part(bundle, part) for part in bundle.manifest.canonical.graphs}
+    if name != "naive":
+        first = range(min(len(pairs), CHANNEL_SAMPLES * _batch(bundle) // 32 or 1))
+        shown = [pairs[at][1] for at in progress(first, "channels")]
+        for part, p in parts.items():
+            p.equalize(choose(p.index, high), [inputs[part] for inputs in shown])
     placements = {part: choose(p.index, high) for part, p in parts.items()}
     for part, p in parts.items():
         placement = placements[part]
@@ -163,6 +171,14 @@ class _Part:
         file = bundle.file(bundle.manifest.canonical.graphs[name])
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.model = onnx.load(file)
+        self.index = GraphIndex(self.model)
+        self.channels: tuple[ChannelScale, ...] = ()
+
+    def equalize(self, placement: Placement, inputs: Sequence[Arrays]) -> None:
+        """From here on the graph has channels of one size where that is free."""
+        quantized = (*placement.inputs, *placement.stored)
+        self.channels = channel_scales(self.model, quantized, inputs)
+        self.model = equalize(self.model, self.channels)
         self.index = GraphIndex(self.model)
 
 
@@ -293,6 +309,7 @@ def _part_plan(part: _Part, placement: Placement, method: str) -> PartPlan:
         placement.stored,
         weights,
         placement.factors,
+        part.channels,
     )
 
 

@@ -6,7 +6,7 @@ by adding neighbouring bins, so nothing has to be known beforehand and nothing i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,24 +55,36 @@ class Histogram:
         self.counts += np.bincount(bins, minlength=BINS)
 
 
-class Collector:
-    """Runs a graph on calibration inputs and keeps a histogram per named tensor.
+class Taps:
+    """Runs a graph and hands out tensors from its inside.
 
     The graph runs without optimisations, so that every tensor exists as the plan names it; tensors
     are handed out in groups that fit into memory, at the price of one forward per group.
     """
 
     def __init__(self, model: onnx.ModelProto, names: Iterable[str], threads: int = 1) -> None:
-        self.histograms = {name: Histogram() for name in names}
-        groups = _groups(GraphIndex(model), list(self.histograms))
+        groups = _groups(GraphIndex(model), list(names))
         self._sessions = [(group, _session(model, group, threads)) for group in groups]
 
-    def add(self, inputs: Arrays) -> None:
-        """One forward; ``inputs`` by name."""
+    def values(self, inputs: Arrays) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+        """One forward; ``inputs`` by name. Raises ExportError ``calibrate-infinite``."""
         for names, session in self._sessions:
             taken = {i.name: inputs[i.name] for i in session.get_inputs()}
             for name, value in zip(names, session.run(names, taken), strict=True):
-                self.histograms[name].add(_finite(name, np.asarray(value)))
+                yield name, _finite(name, np.asarray(value))
+
+
+class Collector:
+    """A histogram per named tensor of a graph, over calibration inputs."""
+
+    def __init__(self, model: onnx.ModelProto, names: Iterable[str], threads: int = 1) -> None:
+        self.histograms = {name: Histogram() for name in names}
+        self._taps = Taps(model, self.histograms, threads)
+
+    def add(self, inputs: Arrays) -> None:
+        """One forward; ``inputs`` by name."""
+        for name, value in self._taps.values(inputs):
+            self.histograms[name].add(value)
 
 
 def _finite(name: str, value: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:

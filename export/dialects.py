@@ -23,6 +23,7 @@ import onnx
 
 from ..errors import ExportError
 from ..runtime.plan import PartPlan, Plan
+from .equalize import equalize
 from .fuse import fuse
 from .half import store_half, to_half
 from .lower import to_opset_17
@@ -61,6 +62,7 @@ def write_dialect(
 ) -> tuple[onnx.ModelProto, bytes]:
     """The graph of a part in a dialect, and its sidecar (empty where it has none)."""
     ort, family = dialect.startswith("ort"), WITH_PLUGIN.get(dialect, dialect)
+    model = equalize(model, part.channels)
     if dialect in WITH_PLUGIN:
         fused = onnx.ModelProto()
         fused.CopyFrom(model)

@@ -120,7 +120,7 @@ class WindowAttention(nn.Module):
         self.heads = heads
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         with torch.no_grad():
-            self.relative_position_bias_table += look_near(window, heads)
+            self.relative_position_bias_table.add_(look_near(window, heads))
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """[B, grid^2, C] to the same.

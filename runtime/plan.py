@@ -29,6 +29,20 @@ class WeightScale:
 
 
 @dataclass(frozen=True)
+class ChannelScale:
+    """Factors of channels that are made larger before they are quantized (``export/equalize.py``).
+
+    tensors: name to the axis of its channels; all of them have these factors.
+    factors: one per channel.
+    readers: tensors that something reads that cannot take the inverse into its weights.
+    """
+
+    tensors: dict[str, int]
+    factors: tuple[float, ...]
+    readers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class PartPlan:
     """The plan of one part's graph.
 
@@ -42,6 +56,8 @@ class PartPlan:
                  everything else reads the float values.
     weights:     scales of every quantized constant; ONNX Runtime's dialects keep those of nodes
                  outside ``int8`` as integers on disk too.
+    channels:    factors that go into the float graph first; every name and scale above is of the
+                 graph with them.
     """
 
     graph: str
@@ -51,6 +67,7 @@ class PartPlan:
     stored: tuple[str, ...] = ()
     weights: dict[str, WeightScale] = field(default_factory=dict)
     factors: tuple[str, ...] = ()
+    channels: tuple[ChannelScale, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,256 @@
+"""Channels of one size before they are quantized: exact in float, at no cost when the model runs.
+
+An int8 tensor has one step for all of its channels, so that small ones are lost beside large ones.
+A channel of a map may be scaled if whoever writes it takes the factor into its weights and whoever
+reads it the inverse: cross-layer equalization (Nagel et al., ICCV 2019), between activations and
+weights as in SmoothQuant (Xiao et al., ICML 2023). ``streams`` finds maps that allow it, whole
+residual streams included; ``equalize`` writes the factors into a graph.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from ..runtime.plan import ChannelScale
+from .canonical import MODULE, module_of
+from .graph import GraphIndex, attribute
+
+Key = tuple[str, int]  # a tensor and the axis of its channels
+Links = tuple[list[tuple[Key, Key]], list[Key], list[Key]]
+
+_SAME = ("Relu", "LeakyRelu", "Resize", "AveragePool", "MaxPool")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tensors whose channels can only be scaled together.
+
+    tensors: name to the axis of its channels.
+    readers: those of them that something reads that cannot take the inverse; it gets a product.
+    """
+
+    tensors: dict[str, int]
+    readers: tuple[str, ...]
+
+
+def streams(index: GraphIndex) -> list[Stream]:
+    """All of a graph, in its order, one axis per tensor."""
+    groups = _Groups()
+    absorbed: set[Key] = set()
+    written: set[Key] = {key for name in index.inputs for key in _keys(index, name)}
+    pinned: dict[Key, None] = {key: None for name in index.outputs for key in _keys(index, name)}
+    for node in index.nodes:
+        same, reads, writes = _links(index, node)
+        for a, b in same:
+            groups.join(a, b)
+        through = {key for pair in same for key in pair}
+        absorbed |= {*reads, *writes}
+        pinned |= dict.fromkeys(_all(index, _variables(index, node)) - through - {*reads})
+        written |= _all(index, node.output) - through - {*writes}
+    members: dict[Key, list[Key]] = defaultdict(list)
+    for key in dict.fromkeys(k for n in index.nodes for k in _all_in_order(index, n.output)):
+        members[groups.root(key)].append(key)
+    forbidden = {groups.root(key) for key in written}
+    found, taken = [], set[str]()
+    for root, keys in members.items():
+        tensors = dict(keys)
+        if root in forbidden or not absorbed & {*keys} or taken & tensors.keys():
+            continue
+        taken |= tensors.keys()
+        found.append(Stream(tensors, tuple(name for name, axis in keys if (name, axis) in pinned)))
+    return found
+
+
+def _links(index: GraphIndex, node: onnx.NodeProto) -> Links:
+    """What a node does to channels: keys that are scaled alike, and reads and writes whose factors
+    its constants can take. Everything else about its tensors is fixed."""
+    reads, out = _variables(index, node), node.output[0]
+    rank = len(index.shape(out) or ())
+    if node.op_type == "Conv" and _constant(index, node):
+        return [], [(reads[0], 1)], [(out, 1)]
+    if node.op_type == "InstanceNormalization" and _constant(index, node):
+        return [], [(reads[0], 1)], [(out, 1)]  # the norm takes any factor away
+    if node.op_type == "LayerNormalization" and _constant(index, node) and _last(index, node):
+        return [], [], [(out, rank - 1)]
+    if node.op_type == "MatMul" and _constant(index, node) and _matrix(index, node):
+        return [], [(reads[0], rank - 1)], [(out, rank - 1)]
+    if node.op_type in _SAME and rank == 4:
+        return [((reads[0], 1), (out, 1))], [], []
+    if node.op_type == "Transpose":
+        order = list(attribute(node, "perm", ()))  # type: ignore[call-overload]
+        return [((reads[0], axis), (out, order.index(axis))) for axis in (1, rank - 1)], [], []
+    if node.op_type == "Reshape":
+        return _through_reshape(index, reads[0], out), [], []
+    alike = len({index.shape(name) for name in (*reads, out)}) == 1
+    if alike and (node.op_type == "Add" or (node.op_type == "Mul" and len(reads) == 1)):
+        return [((n, a), (out, a)) for n in reads for _, a in _keys(index, out)], [], []
+    if alike and node.op_type == "Mul":
+        scaled = min(reads, key=lambda name: _bounded(index, name))
+        return [((scaled, axis), (out, axis)) for _, axis in _keys(index, out)], [], []
+    return [], [], []
+
+
+def _bounded(index: GraphIndex, name: str) -> int:
+    """Products scale one factor: rather what weights write than a gate or a nonlinearity."""
+    maker = index.maker.get(name)
+    order = ("Conv", "MatMul", "InstanceNormalization", "LayerNormalization")
+    return order.index(maker.op_type) if maker is not None and maker.op_type in order else 9
+
+
+def _through_reshape(index: GraphIndex, name: str, out: str) -> list[tuple[Key, Key]]:
+    before, after = index.shape(name) or (), index.shape(out) or ()
+    same = []
+    if len(before) > 2 and len(after) > 2 and before[:2] == after[:2]:
+        same.append(((name, 1), (out, 1)))
+    if before and after and before[-1] == after[-1] and len(before) != len(after):
+        same.append(((name, len(before) - 1), (out, len(after) - 1)))
+    return same
+
+
+def _constant(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    return all(name in index.tensors for name in node.input[1:])
+
+
+def _matrix(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    return len(index.tensors[node.input[1]].dims) == 2
+
+
+def _last(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    return attribute(node, "axis", -1) in (-1, len(index.shape(node.output[0]) or ()) - 1)
+
+
+def _variables(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
+    return [name for name in node.input if name and name not in index.tensors]
+
+
+def _keys(index: GraphIndex, name: str) -> list[Key]:
+    rank = len(index.shape(name) or ())
+    return [(name, axis) for axis in dict.fromkeys((1, rank - 1))] if rank > 2 else []
+
+
+def _all(index: GraphIndex, names: Iterable[str]) -> set[Key]:
+    return set(_all_in_order(index, names))
+
+
+def _all_in_order(index: GraphIndex, names: Iterable[str]) -> list[Key]:
+    return [key for name in names for key in _keys(index, name)]
+
+
+class _Groups:
+    """Sets of keys that are joined as links are found."""
+
+    def __init__(self) -> None:
+        self._above: dict[Key, Key] = {}
+
+    def root(self, key: Key) -> Key:
+        while key in self._above:
+            key = self._above[key]
+        return key
+
+    def join(self, a: Key, b: Key) -> None:
+        a, b = self.root(a), self.root(b)
+        if a != b:
+            self._above[a] = b
+
+
+def equalize(model: onnx.ModelProto, scales: Iterable[ChannelScale]) -> onnx.ModelProto:
+    """A copy in which the channels of the named tensors are ``factors`` times as large.
+
+    Results stay what they were, up to float32's rounding and the epsilon of instance norms.
+    """
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    index = GraphIndex(out)
+    factors: dict[str, tuple[int, npt.NDArray[np.float64]]] = {}
+    for scale in scales:
+        values = np.array(scale.factors, np.float64)
+        factors |= {name: (axis, values) for name, axis in scale.tensors.items()}
+    readers = {n for s in scales for n in s.readers}
+    for node in index.nodes:
+        _scale_constants(index, node, factors)
+    _restore(index, {name: factors[name] for name in factors if name in readers})
+    return out
+
+
+def _scale_constants(
+    index: GraphIndex,
+    node: onnx.NodeProto,
+    factors: dict[str, tuple[int, npt.NDArray[np.float64]]],
+) -> None:
+    reads = [factors[n][1] for n in _variables(index, node) if n in factors]
+    axis, writes = factors.get(node.output[0], (0, None))
+    if node.op_type == "Conv":
+        weight = _real(index, node.input[1])
+        if reads:
+            grouped = attribute(node, "group", 1) != 1
+            weight = weight / reads[0].reshape((-1, 1, 1, 1) if grouped else (1, -1, 1, 1))
+        if writes is not None:
+            weight = weight * writes.reshape(-1, 1, 1, 1)
+        _put(index, node, 1, weight)
+    elif node.op_type == "MatMul" and node.input[1] in index.tensors:
+        weight = _real(index, node.input[1])
+        weight = weight / reads[0][:, None] if reads else weight
+        _put(index, node, 1, weight if writes is None else weight * writes)
+    if writes is None:
+        return
+    rank = len(index.shape(node.output[0]) or ())
+    if node.op_type in ("Conv", "InstanceNormalization", "LayerNormalization"):
+        for position in range(1 + (node.op_type == "Conv"), len(node.input)):
+            _put(index, node, position, _real(index, node.input[position]) * writes)
+    elif node.op_type == "Add":
+        along = writes.reshape([-1 if i == axis else 1 for i in range(rank)])
+        for position, name in enumerate(node.input):
+            if name in index.tensors:
+                _put(index, node, position, _real(index, name) * along)
+
+
+def _real(index: GraphIndex, name: str) -> npt.NDArray[np.float64]:
+    return index.constant(name).astype(np.float64)
+
+
+def _put(
+    index: GraphIndex, node: onnx.NodeProto, position: int, value: npt.NDArray[np.floating]
+) -> None:
+    """A new value for a node's constant, which others may go on reading as it was."""
+    name = node.input[position]
+    tensor = numpy_helper.from_array(np.asarray(value, np.float32), name)
+    if len(index.readers[name]) == 1:
+        index.tensors[name].CopyFrom(tensor)
+        return
+    tensor.name = node.input[position] = f"{name}/{node.name}"
+    index.model.graph.initializer.append(tensor)
+
+
+def _restore(index: GraphIndex, factors: dict[str, tuple[int, npt.NDArray[np.float64]]]) -> None:
+    """A product with the inverse before every reader that cannot take it."""
+    graph = index.model.graph
+    for name, (axis, values) in factors.items():
+        rank = len(index.shape(name) or ())
+        shape = [-1 if i == axis else 1 for i in range(rank)]
+        inverse = np.asarray((1.0 / values).reshape(shape), np.float32)
+        plain, factor = f"{name}/plain", f"{name}/inverse"
+        graph.initializer.append(numpy_helper.from_array(inverse, factor))
+        maker = index.maker[name]
+        product = helper.make_node("Mul", [name, factor], [plain], name=plain)
+        product.metadata_props.add(key=MODULE, value=module_of(maker))
+        for value in graph.value_info:
+            if value.name == name:
+                graph.value_info.add().CopyFrom(value)
+                graph.value_info[-1].name = plain
+                break
+        for node in index.readers[name]:
+            same, reads, _ = _links(index, node)
+            if (name, axis) in reads or any((name, axis) in pair for pair in same):
+                continue
+            for position, value in enumerate(node.input):
+                if value == name:
+                    node.input[position] = plain
+        at = next(i for i, n in enumerate(graph.node) if n.output == maker.output)
+        graph.node.insert(at + 1, product)
