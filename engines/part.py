@@ -1,4 +1,4 @@
-"""One part's engine, built in a process of its own.
+"""One part's engine, built or filled in a process of its own.
 
 The builder takes several times the memory of what it builds, and gives it back for certain only
 when its process ends; what kills that process, on a board mostly the kernel for want of memory,
@@ -22,6 +22,7 @@ from ..errors import EngineError, RefedgeError
 from ..runtime.backends.bindings import last_words, new_log, open_tensorrt
 from ..runtime.files import write_atomically
 from .progress import new_progress
+from .refit import filled
 from .refusals import not_built, not_parsed
 from .tensorrt import load_plugins
 
@@ -57,6 +58,7 @@ class PartTask:
     pinned: names of ONNX nodes that stay in float32; for a TensorRT that chooses types itself.
     shapes: input to its least, usual and largest shape; inputs of one shape are not there.
     plugins: libraries to load first: path to SHA-256.
+    stripped: an engine of this graph without weights, which is filled in place of a build; or ''.
     """
 
     part: str
@@ -69,6 +71,7 @@ class PartTask:
     shapes: Shapes
     plugins: dict[str, str] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
+    stripped: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,27 @@ class PartResult:
 
 
 def build_part(trt: Any, task: PartTask, say: Say) -> PartResult:
-    """Parse, build, write the engine, ask the inspector; raises EngineError."""
+    """Build or fill, write the engine, ask the inspector; raises EngineError."""
     logger = new_log(trt)
     load_plugins(trt, logger, task.plugins)
+    if task.stripped:
+        data = filled(
+            trt,
+            logger,
+            Path(task.stripped),
+            task.graph,
+            task.part,
+            keep=task.options.refit,
+            host_code=task.options.versions,
+        )
+    else:
+        data = _built(trt, logger, task, say)  # its memory is free again
+    write_atomically(Path(task.engine), data)
+    memory, inspector = _inspect(trt, logger, data, task)
+    return PartResult(memory, inspector, tuple(dict.fromkeys(logger.lines)))
+
+
+def _built(trt: Any, logger: Any, task: PartTask, say: Say) -> bytes:
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # the bindings' word for a null pointer
@@ -114,11 +135,7 @@ def build_part(trt: Any, task: PartTask, say: Say) -> PartResult:
     if blob is None:
         raise not_built(trt, task.part, logger.lines)
     write_atomically(Path(task.cache), bytes(cache.serialize()))
-    data = bytes(blob)
-    write_atomically(Path(task.engine), data)
-    del blob, cache, config, parser, network, builder  # their memory, before the engine's
-    memory, inspector = _inspect(trt, logger, data, task)
-    return PartResult(memory, inspector, tuple(dict.fromkeys(logger.lines)))
+    return bytes(blob)
 
 
 def _network_flags(trt: Any) -> int:

@@ -54,6 +54,17 @@ def not_built(trt: Any, part: str, lines: Sequence[str]) -> EngineError:
     )
 
 
+def not_refitted(trt: Any, part: str, why: str, missing: Sequence[str]) -> EngineError:
+    """EngineError ``engine-refit``, naming the first weights that nobody gave."""
+    named = f"; without {', '.join(missing[:4])}{' …' * (len(missing) > 4)}" if missing else ""
+    return EngineError(
+        "engine-refit",
+        f"TensorRT {trt.__version__} cannot put the weights into the engine of the part {part!r}",
+        why=why + named,
+        fix="take that engine away and build it here with its weights: refedge build",
+    )
+
+
 def no_memory(part: str, why: str) -> EngineError:
     """EngineError ``engine-memory``."""
     return EngineError(

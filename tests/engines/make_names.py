@@ -20,9 +20,10 @@ _CLASSES = """
     Builder BuilderFlag DataType EngineInspector ExecutionContextAllocationStrategy
     HardwareCompatibilityLevel IBuilderConfig ICudaEngine IExecutionContext IGpuAllocator
     IHostMemory ILayer ILogger INetworkDefinition IOptimizationProfile IOutputAllocator
-    IPluginRegistry IProgressMonitor IRuntimeConfig ITensor ITimingCache LayerInformationFormat
-    MemoryPoolType NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag ParserError
-    PreviewFeature ProfilingVerbosity Refitter Runtime TensorFormat TensorIOMode TensorLocation
+    IPluginRegistry IProgressMonitor IRuntimeConfig ISerializationConfig ITensor ITimingCache
+    LayerInformationFormat MemoryPoolType NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag
+    OnnxParserRefitter ParserError PreviewFeature ProfilingVerbosity Refitter Runtime
+    SerializationFlag TensorFormat TensorIOMode TensorLocation
 """
 CLASSES = _CLASSES.split()
 LOOK = r"""
