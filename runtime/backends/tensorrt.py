@@ -99,7 +99,8 @@ class TensorRTBackend:
         data = self._engines.read(part.name, sha256)
         spec = self._engines.record.parts[part.name]
         with self._cuda.current(f"load the part {part.name}"):
-            engine = _deserialise(data, spec)
+            versions = bool(self._engines.record.flags.get("versions"))
+            engine = _deserialise(data, spec, host_code=versions)
             return TensorRTPart(self._cuda, self._scratch, engine, part, spec, self._made)
 
 
@@ -265,7 +266,8 @@ _engines: WeakValueDictionary[str, _Engine] = WeakValueDictionary()
 _plugins: dict[str, Any] = {}  # SHA-256 to library; one that is loaded twice is refused
 
 
-def _deserialise(data: bytes, spec: EngineSpec) -> _Engine:
+def _deserialise(data: bytes, spec: EngineSpec, *, host_code: bool) -> _Engine:
+    """host_code: the engine was built for later versions too, and brings code of its own."""
     trt, logger = tensorrt()
     # 8.6 lends an engine's profile to one context only
     shared = hasattr(trt, "ExecutionContextAllocationStrategy")
@@ -273,6 +275,7 @@ def _deserialise(data: bytes, spec: EngineSpec) -> _Engine:
     if held is None:
         logger.take()
         runtime = trt.Runtime(logger)
+        runtime.engine_host_code_allowed = host_code
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             why = logger.take()
