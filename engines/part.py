@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,6 +25,9 @@ from .progress import new_progress
 from .refit import filled
 from .refusals import not_built, not_parsed
 from .tensorrt import load_plugins
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 Say = Callable[[str], None]
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -145,7 +148,7 @@ def _network_flags(trt: Any) -> int:
     return 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
 
 
-def _set_options(trt: Any, config: Any, options: Options) -> None:
+def _set_options(trt: Any, config: trt.IBuilderConfig, options: Options) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspection
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
         # 8.6 lends a profile to one context only, and the runtime has one for every shape
@@ -171,7 +174,9 @@ def _set_options(trt: Any, config: Any, options: Options) -> None:
         config.hardware_compatibility_level = level
 
 
-def _set_precision(trt: Any, config: Any, network: Any, task: PartTask) -> None:
+def _set_precision(
+    trt: Any, config: trt.IBuilderConfig, network: trt.INetworkDefinition, task: PartTask
+) -> None:
     """Flags and pinned layers for a TensorRT that chooses types; TF32 never in a plan of fp32."""
     if task.rest == "fp32" and not task.int8:
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -199,7 +204,7 @@ def _node_of(layer: str, nodes: frozenset[str]) -> bool:
     return any(name in nodes or name.rpartition("/")[0] in nodes for name in names)
 
 
-def _pin(trt: Any, layer: Any) -> None:
+def _pin(trt: Any, layer: trt.ILayer) -> None:
     """float32 for a layer that computes in floats; shapes, indices and booleans stay."""
     floats = (trt.DataType.FLOAT, trt.DataType.HALF)
     tensors = [layer.get_output(i) for i in range(layer.num_outputs)]
@@ -211,7 +216,7 @@ def _pin(trt: Any, layer: Any) -> None:
             layer.set_output_type(i, trt.DataType.FLOAT)
 
 
-def _timing_cache(config: Any, path: Path) -> Any:
+def _timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
     """The kept measurements; none where there are none, or they are of another machine."""
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, False):

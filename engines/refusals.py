@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
 from ..runtime.backends.bindings import last_words
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 # words of the parser and of the builder, 8.6 to 11
 _PLUGIN = re.compile(r"plugin creator|find plugin|plugin not found|No importer registered", re.I)
@@ -15,7 +18,7 @@ _MEMORY = re.compile(r"out of memory|OutOfMemory|Cuda failure: 2\b|insufficient 
 _NODE = re.compile(r'^name: "([^"]+)"', re.M)  # of a node that the parser prints (8.6)
 
 
-def not_parsed(trt: Any, parser: Any, part: str, lines: Sequence[str]) -> EngineError:
+def not_parsed(trt: Any, parser: trt.OnnxParser, part: str, lines: Sequence[str]) -> EngineError:
     """EngineError ``engine-plugin`` or ``engine-parse``, naming the node."""
     said, nodes = [], []
     for i in range(parser.num_errors):
