@@ -1,6 +1,6 @@
 """Write tensorrt_names.json: which public names TensorRT's Python bindings have, by version.
 
-    python make_names.py VERSION=PYTHON ...
+    python make_names.py VERSION=PYTHON ...        (make stubs)
 
 PYTHON is a command that runs an interpreter in which ``tensorrt_bindings`` imports (the bindings'
 wheels import without a GPU over empty stand-ins for libnvinfer, which only have to satisfy the
