@@ -109,6 +109,8 @@ def build(
                 options,
                 "" if done is None else str(folder / done.file),
             )
+            if task.stripped:
+                say(f"{part.name}: its engine is here without weights; they are put in")
             result = _in_a_process(task, say)
             inspection = _inspected(result, source, part.name)
             if inspect:

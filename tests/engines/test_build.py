@@ -143,7 +143,12 @@ def test_engines_without_weights_are_filled_by_the_next_build(
     half_done = decode_engines((folder / "engines.json").read_bytes())
     assert {n: s.stripped for n, s in half_done.parts.items()} == {"text": False, "mask": True}
     builder.fails_at = ""
-    record = run(board, options=Options(level=1))
+    said: list[str] = []
+    record = build(board, "int8", options=Options(level=1), say=said.append)
+    assert said[:2] == [
+        "text: kept, its engine is up to date",
+        "mask: its engine is here without weights; they are put in",
+    ]
     assert [task.stripped for task in builder.tasks] == [
         str(folder / "text.engine"),
         str(folder / "mask.engine"),
