@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: demo methods parity cubins plugins test lint types tests py310 gpu wheels clean
+.PHONY: demo methods parity cubins plugins stubs test lint types tests py310 gpu wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/refedge demo $(MODEL)
@@ -99,6 +99,22 @@ plugins: $(VENV)/.installed
 	REFEDGE_TENSORRT_HEADERS=$(CURDIR)/.cache/tensorrt \
 	  REFEDGE_TENSORRT_LEAN=$$(find $(CURDIR)/.cache/lean -name 'libnvinfer_lean.so.11') \
 	  $(BIN)/python -m pytest -rs tests/plugins
+
+# our TensorRT code against stubs of the real bindings, and the table of their names that the tests
+# use; needs a C compiler, Python 3.10 or 3.11 (8.6 has wheels for no later one) and a package index
+BINDINGS := 8.6=tensorrt_bindings==8.6.1 10.3=tensorrt_cu12_bindings==10.3.0 \
+  10.13=tensorrt_cu12_bindings==10.13.3.9 11.4=tensorrt_cu13_bindings==11.4.0.106
+STUBS := .cache/stubs/bin/python
+stubs:
+	$(PYTHON) -m venv .cache/stubs
+	$(STUBS) -m pip install -q --no-compile pybind11-stubgen mypy numpy
+	rm -rf .cache/bindings
+	for b in $(BINDINGS); do $(STUBS) -m pip install -q --no-compile --no-deps --only-binary=:all: \
+	  --target ".cache/bindings/$${b%%=*}/site" "$${b#*=}" || exit 1; done
+	$(STUBS) tests/engines/check_types.py .cache/bindings
+	$(STUBS) tests/engines/make_names.py $(foreach b,$(BINDINGS),"$(firstword $(subst =, ,$(b)))=env \
+	  LD_LIBRARY_PATH=.cache/bindings/$(firstword $(subst =, ,$(b)))/lib \
+	  PYTHONPATH=.cache/bindings/$(firstword $(subst =, ,$(b)))/site $(STUBS)")
 
 clean:
 	rm -rf $(VENV) $(VENV)310 .mypath build dist out *.egg-info

@@ -24,7 +24,7 @@ from .errors import InputError
 @click.option("--hardware", type=click.Choice(["ampere+", "same-cc"]), help="Run on other GPUs.")
 @click.option("--versions", is_flag=True, help="Run on later TensorRT of this major version.")
 @click.option("--refit", is_flag=True, help="Weights can be replaced.")
-@click.option("--strip", is_flag=True, help="Leave the weights out.")
+@click.option("--strip", is_flag=True, help="Leave the weights out; a build without it fills in.")
 @click.option("--inspect/--no-inspect", default=True, help="Hold engines against the plan.")
 @click.option("--print-trtexec", is_flag=True, help="Print trtexec's lines instead of building.")
 def build(

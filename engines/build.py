@@ -4,7 +4,8 @@ Nothing but numpy's neighbours and the system's TensorRT is needed here; graphs 
 bundle's dialect for that TensorRT, which was written where onnx is installed. Parts are built one
 after the other, each in a process of its own (``part.py``), so that the memory of one is free
 before the next begins. After each part the record is written anew: what is done is kept when a
-later part fails, or when the same build is started again.
+later part fails, or when the same build is started again. Engines that an earlier build left
+without weights are filled from the graphs in place of a build (``refit.py``).
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def build(
             graph = sha256_of(bundle.file(file))
             profile = profile_of(part, batches)
             done = record.parts.get(part.name)
-            if done is not None and (done.graph, done.profile) == (graph, profile):
+            if done is not None and (done.graph, done.profile) != (graph, profile):
+                done = None
+            if done is not None and done.stripped == options.strip:
                 say(f"{part.name}: kept, its engine is up to date")
                 continue
             task = PartTask(
@@ -104,7 +107,10 @@ def build(
                 shapes_of(bundle.manifest, part, profile, batches),
                 {str(folder / name): sha256 for name, sha256 in record.plugins.items()},
                 options,
+                "" if done is None else str(folder / done.file),
             )
+            if task.stripped:
+                say(f"{part.name}: its engine is here without weights; they are put in")
             result = _in_a_process(task, say)
             inspection = _inspected(result, source, part.name)
             if inspect:
@@ -112,7 +118,7 @@ def build(
             engine = folder / f"{part.name}.engine"
             os.replace(task.engine, engine)
             layers = msgspec.json.decode(msgspec.json.encode(inspection))
-            spec = _spec(engine, graph, profile, result.memory, layers)
+            spec = _spec(engine, graph, profile, result.memory, layers, options.strip)
             record = replace(record, parts={**record.parts, part.name: spec})
             write_atomically(folder / RECORD, encode_engines(record))
             say(f"{part.name}: {spec.bytes / 1e6:.1f} MB, {_summary(inspection)}")
@@ -132,22 +138,32 @@ def _summary(inspection: Inspection) -> str:
 
 
 def _spec(
-    file: Path, graph: str, profile: tuple[int, int, int], memory: int, layers: dict[str, Any]
+    file: Path,
+    graph: str,
+    profile: tuple[int, int, int],
+    memory: int,
+    layers: dict[str, Any],
+    stripped: bool,
 ) -> EngineSpec:
-    size = file.stat().st_size
-    return EngineSpec(file.name, graph, size, sha256_of(file), profile, memory, layers)
+    size, sha256 = file.stat().st_size, sha256_of(file)
+    return EngineSpec(file.name, graph, size, sha256, profile, memory, layers, stripped)
 
 
 def _kept(folder: Path, record: EngineSet) -> dict[str, EngineSpec]:
-    """Engines of an earlier build that was asked for the same and whose files are whole."""
+    """Engines of an earlier build that was asked for the same and whose files are whole.
+
+    Those without weights are kept for a build with weights, which fills them; not the reverse.
+    """
     try:
         old = decode_engines((folder / RECORD).read_bytes())
     except (OSError, EngineError):
         return {}
-    asked = (old.plan, old.dialect, old.target, old.plugins, old.flags)
+    strip = record.flags["strip"]
+    asked = (old.plan, old.dialect, old.target, old.plugins, {**old.flags, "strip": strip})
     if asked != (record.plan, record.dialect, record.target, record.plugins, record.flags):
         return {}
-    whole = {name: spec for name, spec in old.parts.items() if (folder / spec.file).is_file()}
+    fit = {name: spec for name, spec in old.parts.items() if spec.stripped or not strip}
+    whole = {name: spec for name, spec in fit.items() if (folder / spec.file).is_file()}
     return {n: s for n, s in whole.items() if sha256_of(folder / s.file) == s.sha256}
 
 

@@ -62,6 +62,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         for name, part in engines["parts"].items():
             sizes = f"{part['bytes'] / 1e6:.2f} MB, {part['memory'] / 1e6:.1f} MB a context"
             out.append(f"  {name}: {sizes}, batch {' / '.join(str(n) for n in part['profile'])}")
+            if part["stripped"]:
+                out.append("    without weights; refedge build without --strip puts them in")
             out += [f"    {line}" for line in _layers(part["layers"])]
     if not found["engines"]:
         out.append("engines: none; refedge build makes them on the machine that runs them")
@@ -115,6 +117,7 @@ def _engines(file: Path, here: Target | None) -> dict[str, Any]:
                 "memory": spec.memory,
                 "profile": spec.profile,
                 "layers": spec.layers,
+                "stripped": spec.stripped,
             }
             for name, spec in record.parts.items()
         },

@@ -1,4 +1,4 @@
-"""One part's engine, built in a process of its own.
+"""One part's engine, built or filled in a process of its own.
 
 The builder takes several times the memory of what it builds, and gives it back for certain only
 when its process ends; what kills that process, on a board mostly the kernel for want of memory,
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,8 +22,12 @@ from ..errors import EngineError, RefedgeError
 from ..runtime.backends.bindings import last_words, new_log, open_tensorrt
 from ..runtime.files import write_atomically
 from .progress import new_progress
+from .refit import filled
 from .refusals import not_built, not_parsed
 from .tensorrt import load_plugins
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 Say = Callable[[str], None]
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -57,6 +61,7 @@ class PartTask:
     pinned: names of ONNX nodes that stay in float32; for a TensorRT that chooses types itself.
     shapes: input to its least, usual and largest shape; inputs of one shape are not there.
     plugins: libraries to load first: path to SHA-256.
+    stripped: an engine of this graph without weights, which is filled in place of a build; or ''.
     """
 
     part: str
@@ -69,6 +74,7 @@ class PartTask:
     shapes: Shapes
     plugins: dict[str, str] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
+    stripped: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,27 @@ class PartResult:
 
 
 def build_part(trt: Any, task: PartTask, say: Say) -> PartResult:
-    """Parse, build, write the engine, ask the inspector; raises EngineError."""
+    """Build or fill, write the engine, ask the inspector; raises EngineError."""
     logger = new_log(trt)
     load_plugins(trt, logger, task.plugins)
+    if task.stripped:
+        data = filled(
+            trt,
+            logger,
+            Path(task.stripped),
+            task.graph,
+            task.part,
+            keep=task.options.refit,
+            host_code=task.options.versions,
+        )
+    else:
+        data = _built(trt, logger, task, say)  # its memory is free again
+    write_atomically(Path(task.engine), data)
+    memory, inspector = _inspect(trt, logger, data, task)
+    return PartResult(memory, inspector, tuple(dict.fromkeys(logger.lines)))
+
+
+def _built(trt: Any, logger: Any, task: PartTask, say: Say) -> bytes:
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # the bindings' word for a null pointer
@@ -114,11 +138,7 @@ def build_part(trt: Any, task: PartTask, say: Say) -> PartResult:
     if blob is None:
         raise not_built(trt, task.part, logger.lines)
     write_atomically(Path(task.cache), bytes(cache.serialize()))
-    data = bytes(blob)
-    write_atomically(Path(task.engine), data)
-    del blob, cache, config, parser, network, builder  # their memory, before the engine's
-    memory, inspector = _inspect(trt, logger, data, task)
-    return PartResult(memory, inspector, tuple(dict.fromkeys(logger.lines)))
+    return bytes(blob)
 
 
 def _network_flags(trt: Any) -> int:
@@ -128,7 +148,7 @@ def _network_flags(trt: Any) -> int:
     return 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
 
 
-def _set_options(trt: Any, config: Any, options: Options) -> None:
+def _set_options(trt: Any, config: trt.IBuilderConfig, options: Options) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspection
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
         # 8.6 lends a profile to one context only, and the runtime has one for every shape
@@ -154,7 +174,9 @@ def _set_options(trt: Any, config: Any, options: Options) -> None:
         config.hardware_compatibility_level = level
 
 
-def _set_precision(trt: Any, config: Any, network: Any, task: PartTask) -> None:
+def _set_precision(
+    trt: Any, config: trt.IBuilderConfig, network: trt.INetworkDefinition, task: PartTask
+) -> None:
     """Flags and pinned layers for a TensorRT that chooses types; TF32 never in a plan of fp32."""
     if task.rest == "fp32" and not task.int8:
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -182,7 +204,7 @@ def _node_of(layer: str, nodes: frozenset[str]) -> bool:
     return any(name in nodes or name.rpartition("/")[0] in nodes for name in names)
 
 
-def _pin(trt: Any, layer: Any) -> None:
+def _pin(trt: Any, layer: trt.ILayer) -> None:
     """float32 for a layer that computes in floats; shapes, indices and booleans stay."""
     floats = (trt.DataType.FLOAT, trt.DataType.HALF)
     tensors = [layer.get_output(i) for i in range(layer.num_outputs)]
@@ -194,7 +216,7 @@ def _pin(trt: Any, layer: Any) -> None:
             layer.set_output_type(i, trt.DataType.FLOAT)
 
 
-def _timing_cache(config: Any, path: Path) -> Any:
+def _timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
     """The kept measurements; none where there are none, or they are of another machine."""
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, False):

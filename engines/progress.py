@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 _SECONDS = 5.0  # between two lines
 
 
-def new_progress(trt: Any, part: str, say: Callable[[str], None]) -> Any:
+def new_progress(trt: Any, part: str, say: Callable[[str], None]) -> trt.IProgressMonitor:
     """A monitor that says which outermost phase the builder is in, and how far."""
 
     class Progress(trt.IProgressMonitor):  # type: ignore[misc]  # its base is known at run time

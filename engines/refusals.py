@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
 from ..runtime.backends.bindings import last_words
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 # words of the parser and of the builder, 8.6 to 11
 _PLUGIN = re.compile(r"plugin creator|find plugin|plugin not found|No importer registered", re.I)
@@ -15,7 +18,7 @@ _MEMORY = re.compile(r"out of memory|OutOfMemory|Cuda failure: 2\b|insufficient 
 _NODE = re.compile(r'^name: "([^"]+)"', re.M)  # of a node that the parser prints (8.6)
 
 
-def not_parsed(trt: Any, parser: Any, part: str, lines: Sequence[str]) -> EngineError:
+def not_parsed(trt: Any, parser: trt.OnnxParser, part: str, lines: Sequence[str]) -> EngineError:
     """EngineError ``engine-plugin`` or ``engine-parse``, naming the node."""
     said, nodes = [], []
     for i in range(parser.num_errors):
@@ -51,6 +54,17 @@ def not_built(trt: Any, part: str, lines: Sequence[str]) -> EngineError:
         f"TensorRT {trt.__version__} built no engine of the part {part!r}",
         why=why,
         fix="try --level 1 or another plan; the log line names the layer",
+    )
+
+
+def not_refitted(trt: Any, part: str, why: str, missing: Sequence[str]) -> EngineError:
+    """EngineError ``engine-refit``, naming the first weights that nobody gave."""
+    named = f"; without {', '.join(missing[:4])}{' …' * (len(missing) > 4)}" if missing else ""
+    return EngineError(
+        "engine-refit",
+        f"TensorRT {trt.__version__} cannot put the weights into the engine of the part {part!r}",
+        why=why + named,
+        fix="take that engine away and build it here with its weights: refedge build",
     )
 
 

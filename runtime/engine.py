@@ -67,6 +67,7 @@ class EngineSpec:
     profile: the least, usual and largest batch, as in the manifest, or as it was built.
     memory:  bytes of device memory that a context takes besides the weights.
     layers:  what the inspector said after the build (``docs/engines.md``); not needed to run.
+    stripped: its weights were left out; it does not run until they are put in.
     """
 
     file: str
@@ -76,6 +77,7 @@ class EngineSpec:
     profile: tuple[int, int, int]
     memory: int
     layers: dict[str, Any] = field(default_factory=dict)
+    stripped: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ Made by `python -m refedge.benchmarks.gpu.page` from `benchmarks/results/gpu-*.j
 """
 NONE = """
 Nothing has been measured on a GPU: **not yet measured** are the device's own rates, TensorRT's
-build times, the accuracy and latency of engines, PyTorch beside them, and the fused kernels.
+build times, the accuracy and latency of engines, PyTorch and ONNX Runtime beside them, and the
+fused kernels.
 """
 MODELS = """Milliseconds at batch 1, medians; engines end to end from decoded pixels to mask,
-PyTorch its parts alone, inputs on the device. * unstable.
+PyTorch and ONNX Runtime their parts alone, inputs on the device. * unstable.
 """
 
 
@@ -49,7 +50,9 @@ def page(results: Path) -> str:
         if name.startswith("engines-"):
             rows += _engines(name.removeprefix("engines-"), record)
         elif name.startswith("peers-"):
-            rows += _peers(name.removeprefix("peers-"), record)
+            rows += _peers(name.removeprefix("peers-"), "torch", record)
+        elif name.startswith("providers-"):
+            rows += _peers(name.removeprefix("providers-"), "ONNX Runtime", record)
     if rows:
         lines += ["\n## Models", MODELS]
         heads = ("model", "what", "agreement", "mIoU", "uncached", "cached", "artefact")
@@ -57,7 +60,7 @@ def page(results: Path) -> str:
     expected = {"machine": "the device's own rates", "operators": "the builder's smoke",
                 "kernels": "fused kernels"}  # fmt: skip
     missing = [text for name, text in expected.items() if name not in found]
-    missing += [] if rows else ["engines and PyTorch beside them"]
+    missing += [] if rows else ["engines, PyTorch and ONNX Runtime beside them"]
     return "\n".join([*lines, f"\nNot yet measured: {', '.join(missing) or 'nothing'}.", ""])
 
 
@@ -98,13 +101,18 @@ def _engines(model: str, record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _peers(model: str, record: dict[str, Any]) -> list[list[str]]:
-    return [
-        [model, f"torch {mode}", "", "", f"{found['milliseconds']['all']:.2f}", "", ""]
-        if "milliseconds" in found
-        else [model, f"torch {mode}", "failed", found["error"].splitlines()[0], "", "", ""]
-        for mode, found in record["modes"].items()
-    ]
+def _peers(model: str, peer: str, record: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for mode, found in record["modes"].items():
+        if "milliseconds" in found:
+            graph = found.get("graphs", {}).get("mask", "")[:8]
+            spent = f"{found['milliseconds']['all']:.2f}"
+            rows.append([model, f"{peer} {mode}", "", "", spent, "", graph])
+        else:
+            said = "absent" if "absent" in found else "failed"
+            why = found.get("absent") or found["error"]
+            rows.append([model, f"{peer} {mode}", said, why.splitlines()[0], "", "", ""])
+    return rows
 
 
 def _table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:

@@ -62,6 +62,7 @@ def steps(models: tuple[str, ...] = MODELS) -> list[Step]:
             Step(f"export-{name}", ("-m", f"{GPU}.bundles", model, bundle, "{out}", "{dry}"), 600),
             Step(f"engines-{name}", ("-m", f"{GPU}.engines", bundle, "{out}", "{dry}"), 600, True),
             Step(f"peers-{name}", ("-m", f"{GPU}.peers", model, "{out}", "{dry}"), 300),
+            Step(f"providers-{name}", ("-m", f"{GPU}.providers", bundle, "{out}", "{dry}"), 300),
         ]
     return found
 

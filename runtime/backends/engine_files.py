@@ -37,6 +37,13 @@ class Engines:
                 why="the bundle was exported or quantized again since",
                 fix=_FIX,
             )
+        if spec.stripped:
+            raise EngineError(
+                "engine-stripped",
+                f"the engine of the part {part!r} has no weights",
+                why="it was built with --strip",
+                fix="put them in, on this machine: refedge build, without --strip",
+            )
         return _read(self.folder / spec.file, spec.sha256, spec.bytes)
 
     def plugin(self, name: str) -> Path:

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -35,6 +35,9 @@ from .cuda import Block, Cuda, Graph, target_for
 from .engine_files import Engines, find_engines
 from .protocol import Arrays
 from .tensors import DeviceArray, Place
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 _DTYPES = {
     "FLOAT": "float32",
@@ -99,7 +102,8 @@ class TensorRTBackend:
         data = self._engines.read(part.name, sha256)
         spec = self._engines.record.parts[part.name]
         with self._cuda.current(f"load the part {part.name}"):
-            engine = _deserialise(data, spec)
+            versions = bool(self._engines.record.flags.get("versions"))
+            engine = _deserialise(data, spec, host_code=versions)
             return TensorRTPart(self._cuda, self._scratch, engine, part, spec, self._made)
 
 
@@ -188,7 +192,7 @@ class TensorRTPart:
             raise _refused(self._name, f"tell its outputs' shapes for {shapes}")
         return _Ready(context, outputs)
 
-    def _enqueue(self, context: Any) -> None:
+    def _enqueue(self, context: trt.IExecutionContext) -> None:
         if not context.execute_async_v3(self._cuda.stream):
             raise _refused(self._name, "run")
 
@@ -218,7 +222,7 @@ class TensorRTPart:
 class _Ready:
     """A context for one set of shapes, its outputs' shapes, and its graph."""
 
-    context: Any
+    context: trt.IExecutionContext
     outputs: Shapes
     graph: Graph | None = None
     tried: bool = False
@@ -237,7 +241,7 @@ class _Scratch:
             self._size = max(size, _ALIGNED)
             self._blocks.append(self._cuda.take(self._size))
 
-    def give(self, context: Any) -> None:
+    def give(self, context: trt.IExecutionContext) -> None:
         address = self._blocks[-1].address
         if hasattr(context, "set_device_memory"):  # 10.1
             context.set_device_memory(address, self._size)
@@ -248,12 +252,12 @@ class _Scratch:
 class _Engine:
     """A deserialised engine, and the runtime that must outlive it."""
 
-    def __init__(self, runtime: Any, engine: Any) -> None:
+    def __init__(self, runtime: trt.Runtime, engine: trt.ICudaEngine) -> None:
         self._runtime, self.engine = runtime, engine
         newer = hasattr(engine, "device_memory_size_v2")
         self.scratch = int(engine.device_memory_size_v2 if newer else engine.device_memory_size)
 
-    def context(self) -> Any:
+    def context(self) -> trt.IExecutionContext | None:
         """A new context without memory of its own, or None."""
         strategies = getattr(tensorrt()[0], "ExecutionContextAllocationStrategy", None)
         if strategies is None:  # 8.6
@@ -265,7 +269,8 @@ _engines: WeakValueDictionary[str, _Engine] = WeakValueDictionary()
 _plugins: dict[str, Any] = {}  # SHA-256 to library; one that is loaded twice is refused
 
 
-def _deserialise(data: bytes, spec: EngineSpec) -> _Engine:
+def _deserialise(data: bytes, spec: EngineSpec, *, host_code: bool) -> _Engine:
+    """host_code: the engine was built for later versions too, and brings code of its own."""
     trt, logger = tensorrt()
     # 8.6 lends an engine's profile to one context only
     shared = hasattr(trt, "ExecutionContextAllocationStrategy")
@@ -273,6 +278,7 @@ def _deserialise(data: bytes, spec: EngineSpec) -> _Engine:
     if held is None:
         logger.take()
         runtime = trt.Runtime(logger)
+        runtime.engine_host_code_allowed = host_code
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             why = logger.take()
@@ -296,7 +302,7 @@ def _load_plugins(engines: Engines) -> None:
     _plugins.update(zip(fresh.values(), handles, strict=True))
 
 
-def _check(engine: Any, part: PartSpec, spec: EngineSpec) -> None:
+def _check(engine: trt.ICudaEngine, part: PartSpec, spec: EngineSpec) -> None:
     """The engine's tensors are those of the manifest; EngineError ``engine-io``.
 
     Sizes that TensorRT leaves open (-1) are checked when it runs.

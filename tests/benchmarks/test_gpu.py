@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from refedge.benchmarks.gpu import operators, page, run
+from refedge.benchmarks.gpu import operators, page, providers, run
 from refedge.benchmarks.gpu.machine import SHAPES
 from refedge.benchmarks.gpu.run import Step
 from refedge.models.families import family
@@ -24,7 +24,7 @@ WRITE = "import sys; open(sys.argv[1], 'w').write('{{}}')"
 def test_the_device_comes_before_models_and_every_module_is_there() -> None:
     found = run.steps()
     assert [s.name for s in found][:2] == ["machine", "operators"]
-    assert found[-1].name == "peers-m3att-paper"
+    assert found[-1].name == "providers-m3att-paper"
     for step in found:
         module = run.ROOT / f"{step.command[1].removeprefix('refedge.').replace('.', '/')}.py"
         assert module.is_file(), module
@@ -134,6 +134,37 @@ MACHINE = {
 PEERS = {"modes": {"eager float32": {"milliseconds": {"all": 12.5}}, "x": {"error": "Boom"}}}
 
 
+PROVIDERS = {
+    "modes": {
+        "cuda fp16": {"milliseconds": {"all": 4.25}, "graphs": {"mask": "1234567890"}},
+        "tensorrt fp16": {"absent": "no such provider: it has CPUExecutionProvider"},
+    }
+}
+
+
+def test_providers_that_are_not_here_are_absent(quantized: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.json"
+    assert providers.main(str(quantized), str(out), "--dry") == 0
+    modes = json.loads(out.read_text())["modes"]
+    here = modes.pop("cpu fp32")
+    assert set(here["milliseconds"]) == {"text", "mask", "all"}
+    assert min(here["milliseconds"].values()) > 0
+    assert [set(mode) for mode in modes.values()] == [{"absent"}] * len(providers.MODES)
+    assert providers.main(str(tmp_path / "none"), str(tmp_path / "p.json"), "--dry") == 0
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_a_provider_that_fails_is_no_absent_one(
+    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "MODES", (("cpu", "fp32"), ("cpu", "none")))
+    out = tmp_path / "o.json"
+    assert providers.main(str(quantized), str(out)) == 1
+    modes = json.loads(out.read_text())["modes"]
+    assert "milliseconds" in modes["cpu fp32"]
+    assert "no plan 'none'" in modes["cpu none"]["error"]
+
+
 def engines(trained: bool) -> dict[str, Any]:
     scores: list[dict[str, Any]] = [
         {"plan": "fp32", "overall": {"miou": 0.8}, "agreement": None},
@@ -148,13 +179,16 @@ def engines(trained: bool) -> dict[str, Any]:
 
 def test_a_page_with_results(tmp_path: Path) -> None:
     assert "not yet measured" in page.page(tmp_path)
-    for name, record in (("machine", MACHINE), ("engines-m", engines(True)), ("peers-m", PEERS)):
+    given = {"machine": MACHINE, "engines-m": engines(True), "peers-m": PEERS}
+    for name, record in {**given, "providers-m": PROVIDERS}.items():
         (tmp_path / f"gpu-{name}.json").write_text(json.dumps(record))
     text = page.page(tmp_path)
     assert "3.00 TB/s" in text
     assert "| m | TensorRT fp16 | 0.9991 | 0.7900 | 3.25* | 2.50 | abcdef01 |" in text
     assert "| m | int8 | failed | [engine-refused] no |" in text
     assert "| m | torch eager float32 |  |  | 12.50 |" in text
+    assert "| m | ONNX Runtime cuda fp16 |  |  | 4.25 |  | 12345678 |" in text
+    assert "| m | ONNX Runtime tensorrt fp16 | absent | no such provider" in text
     assert "Not yet measured: the builder's smoke, fused kernels." in text
     (tmp_path / "gpu-engines-m.json").write_text(json.dumps(engines(False)))
     assert "| m | TensorRT fp16 | – | – |" in page.page(tmp_path), "seeded weights: no accuracy"

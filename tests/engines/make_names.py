@@ -1,6 +1,6 @@
 """Write tensorrt_names.json: which public names TensorRT's Python bindings have, by version.
 
-    python make_names.py VERSION=PYTHON ...
+    python make_names.py VERSION=PYTHON ...        (make stubs)
 
 PYTHON is a command that runs an interpreter in which ``tensorrt_bindings`` imports (the bindings'
 wheels import without a GPU over empty stand-ins for libnvinfer, which only have to satisfy the
@@ -20,9 +20,10 @@ _CLASSES = """
     Builder BuilderFlag DataType EngineInspector ExecutionContextAllocationStrategy
     HardwareCompatibilityLevel IBuilderConfig ICudaEngine IExecutionContext IGpuAllocator
     IHostMemory ILayer ILogger INetworkDefinition IOptimizationProfile IOutputAllocator
-    IPluginRegistry IProgressMonitor IRuntimeConfig ITensor ITimingCache LayerInformationFormat
-    MemoryPoolType NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag ParserError
-    PreviewFeature ProfilingVerbosity Refitter Runtime TensorFormat TensorIOMode TensorLocation
+    IPluginRegistry IProgressMonitor IRuntimeConfig ISerializationConfig ITensor ITimingCache
+    LayerInformationFormat MemoryPoolType NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag
+    OnnxParserRefitter ParserError PreviewFeature ProfilingVerbosity Refitter Runtime
+    SerializationFlag TensorFormat TensorIOMode TensorLocation
 """
 CLASSES = _CLASSES.split()
 LOOK = r"""

@@ -97,8 +97,10 @@ class Bindings:
         if name not in TABLE:
             result = TABLE[""][name][2]
             return lambda *given: Thing(self, result) if result else True
-        if name in ("Builder", "OnnxParser", "Runtime"):
+        if name in ("Builder", "OnnxParser", "OnnxParserRefitter", "Refitter", "Runtime"):
             values = self.results.get(name, {})
+            if values is None:  # the bindings' word for a null pointer
+                raise TypeError("factory function returned nullptr")
             return lambda *given: Thing(self, name, dict(values))
         return Enumeration(self, name)
 

@@ -126,6 +126,47 @@ def test_what_changed_is_built_again(board: Path, builder: Builder) -> None:
     assert builder.parts() == ["mask"]
 
 
+def test_engines_without_weights_are_filled_by_the_next_build(
+    board: Path, builder: Builder
+) -> None:
+    record = run(board, options=Options(level=1, strip=True))
+    assert all(spec.stripped for spec in record.parts.values())
+    folder = board / "engines" / HERE.name / "int8"
+    assert "without weights" in "\n".join(lines(inspect_bundle(board)))
+    assert [task.stripped for task in builder.tasks] == ["", ""]
+    builder.parts()
+    run(board, options=Options(level=1, strip=True))
+    assert builder.parts() == []
+    builder.fails_at = "mask"
+    with pytest.raises(EngineError):
+        run(board, options=Options(level=1))
+    half_done = decode_engines((folder / "engines.json").read_bytes())
+    assert {n: s.stripped for n, s in half_done.parts.items()} == {"text": False, "mask": True}
+    builder.fails_at = ""
+    said: list[str] = []
+    record = build(board, "int8", options=Options(level=1), say=said.append)
+    assert said[:2] == [
+        "text: kept, its engine is up to date",
+        "mask: its engine is here without weights; they are put in",
+    ]
+    assert [task.stripped for task in builder.tasks] == [
+        str(folder / "text.engine"),
+        str(folder / "mask.engine"),
+    ]
+    assert not any(task.options.strip for task in builder.tasks)
+    assert not any(spec.stripped for spec in record.parts.values())
+    assert record.flags["strip"] is False
+    builder.parts()
+    run(board, options=Options(level=2))  # other options: nothing to fill
+    assert [task.stripped for task in builder.tasks] == ["", ""]
+    builder.parts()
+    run(board, options=Options(level=2, strip=True))  # whole engines are not stripped ones
+    assert builder.parts() == ["text", "mask"]
+    (folder / "mask.engine").write_bytes(b"cut")
+    run(board, options=Options(level=2))
+    assert [Path(task.stripped).name for task in builder.tasks] == ["text.engine", ""]
+
+
 def test_one_build_at_a_time(board: Path, builder: Builder) -> None:
     root = board / "engines" / HERE.name
     root.mkdir(parents=True)

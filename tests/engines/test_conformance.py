@@ -7,22 +7,19 @@ from pathlib import Path
 import pytest
 
 from . import conformance
+from .conformance import MODULES, ROOT
 
-ROOT = Path(__file__).parents[2]
-MODULES = [
-    *sorted((ROOT / "engines").glob("*.py")),
-    ROOT / "runtime" / "backends" / "bindings.py",
-    *sorted((ROOT / "runtime" / "backends").glob("tensorrt*.py")),
-]
+PART = ROOT / "engines" / "part.py"
+BACKEND = ROOT / "runtime" / "backends" / "tensorrt.py"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_name_is_in_every_version_or_guarded(path: Path) -> None:
-    assert conformance.faults(path.read_text()) == []
+def test_every_name_is_in_every_version_or_guarded_and_none_is_unresolved(path: Path) -> None:
+    assert conformance.faults(path) == []
 
 
 def test_the_builder_is_seen() -> None:
-    seen = conformance.uses((ROOT / "engines" / "part.py").read_text())
+    seen = conformance.uses(PART)
     for name in (
         ("Builder", "build_serialized_network"),
         ("IBuilderConfig", "set_memory_pool_limit"),
@@ -36,6 +33,27 @@ def test_the_builder_is_seen() -> None:
         ("ICudaEngine", "device_memory_size"),
         ("ICudaEngine", "device_memory_size_v2"),
         ("", "OnnxParser"),
+    ):
+        assert name in seen
+
+
+def test_the_backend_is_seen() -> None:
+    seen = conformance.uses(BACKEND)
+    for name in (
+        ("", "Runtime"),
+        ("", "init_libnvinfer_plugins"),
+        ("Runtime", "deserialize_cuda_engine"),
+        ("ICudaEngine", "create_execution_context"),
+        ("ICudaEngine", "create_execution_context_without_device_memory"),
+        ("ICudaEngine", "device_memory_size_v2"),
+        ("ICudaEngine", "get_tensor_mode"),
+        ("DataType", "name"),
+        ("ExecutionContextAllocationStrategy", "USER_MANAGED"),
+        ("IExecutionContext", "active_optimization_profile"),
+        ("IExecutionContext", "device_memory"),
+        ("IExecutionContext", "execute_async_v3"),
+        ("IExecutionContext", "set_device_memory"),
+        ("IExecutionContext", "set_tensor_address"),
     ):
         assert name in seen
 
@@ -57,10 +75,34 @@ def test_the_builder_is_seen() -> None:
         ),
         ('if hasattr(engine, "device_memory_size_v2")', "if engine"),
         ('if not hasattr(trt.BuilderFlag, "STRIP_PLAN")', "if not trt"),
-        ("def _pin(trt: Any, layer: Any)", "def _pin(trt: Any, thing: Any)"),
+        ("def _pin(trt: Any, layer: trt.ILayer)", "def _pin(trt: Any, layer: Any)"),
+        ("def _pin(trt: Any, layer: trt.ILayer)", "def _pin(trt: Any, layer)"),
+        ("return bytes(blob)", "return blob.tobytes()"),
     ],
 )
 def test_a_wrong_name_or_a_missing_guard_is_found(right: str, wrong: str) -> None:
-    source = (ROOT / "engines" / "part.py").read_text()
+    source = PART.read_text()
     assert right in source
-    assert conformance.faults(source.replace(right, wrong)) != []
+    assert conformance.faults(PART, source.replace(right, wrong)) != []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (".execute_async_v3(", ".execute_async_v4("),
+        (".set_tensor_address(", ".set_address("),
+        ("self._engine.context()", "self._engine.engine.create_context()"),
+        ("strategies.USER_MANAGED", "strategies.MANAGED"),
+        ('if hasattr(context, "set_device_memory"):', "if context:"),
+        ("if strategies is None:", "if strategies:"),
+        ("engine.get_tensor_dtype(name).name", "engine.get_tensor_dtype(name).label"),
+        ("def _enqueue(self, context: trt.IExecutionContext)", "def _enqueue(self, context)"),
+        ("-> trt.IExecutionContext | None:", "-> Any:"),
+        ("def _check(engine: trt.ICudaEngine,", "def _check(engine,"),
+        ("tensorrt()[0].TensorIOMode", "tensorrt()[0].IOMode"),
+    ],
+)
+def test_the_backends_faults_are_found_too(right: str, wrong: str) -> None:
+    source = BACKEND.read_text()
+    assert right in source
+    assert conformance.faults(BACKEND, source.replace(right, wrong)) != []

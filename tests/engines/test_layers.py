@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refedge.engines.layers import Inspection, Wanted, inspect_layers, read_layers, require_plan
 from refedge.errors import EngineError
@@ -232,6 +232,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
 @given(
     st.dictionaries(
         st.sampled_from(

@@ -167,6 +167,86 @@ def test_an_engine_without_weights_is_not_inspected(tmp_path: Path) -> None:
     assert named(world, "ICudaEngine.create_execution_context") == []
 
 
+def filling(version: str, **changes: Any) -> Bindings:
+    results = {
+        "OnnxParserRefitter": {"num_errors": 0},
+        "OnnxParserRefitter.refit_from_file": True,
+        "Refitter.get_missing_weights": [],
+        "ICudaEngine.serialize_with_config": b"whole",
+    }
+    return bindings(version, **{**results, **changes})
+
+
+def stripped(folder: Path, **options: Any) -> PartTask:
+    (folder / "old.engine").write_bytes(b"no weights")
+    return task(folder, stripped=str(folder / "old.engine"), options=Options(**options))
+
+
+@pytest.mark.parametrize("version", NEW)
+def test_an_engine_without_weights_is_filled_from_the_graph(version: str, tmp_path: Path) -> None:
+    world = filling(version)
+    result = build_part(world, stripped(tmp_path), print)
+    assert (tmp_path / "mask.engine").read_bytes() == b"whole"
+    assert result.inspector == '{"Layers": []}'
+    assert named(world, "OnnxParserRefitter.refit_from_file") == [("mask.onnx",)]
+    assert named(world, "Runtime.deserialize_cuda_engine") == [(b"no weights",), (b"whole",)]
+    order = [what for what, _ in world.calls]
+    wanted = [
+        "OnnxParserRefitter.refit_from_file",
+        "Refitter.get_missing_weights",
+        "Refitter.refit_cuda_engine",
+        "ISerializationConfig.clear_flag",
+        "ICudaEngine.serialize_with_config",
+        "EngineInspector.get_engine_information",
+    ]
+    assert [what for what in order if what in wanted] == wanted
+    excluded = Member("SerializationFlag", "EXCLUDE_WEIGHTS")
+    assert named(world, "ISerializationConfig.clear_flag") == [(excluded,)]
+    assert not any(what.startswith("Builder.") for what in order)
+
+
+@pytest.mark.parametrize("version", NEW)
+def test_a_filled_engine_stays_refittable_where_that_can_be_said(
+    version: str, tmp_path: Path
+) -> None:
+    world = filling(version)
+    build_part(world, stripped(tmp_path, refit=True), print)
+    kept = [(Member("SerializationFlag", "INCLUDE_REFIT"),)] if version == "11.4" else []
+    assert named(world, "ISerializationConfig.set_flag") == kept
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    world = filling("10.3", **{"OnnxParserRefitter.refit_from_file": False})
+    world.results["Refitter.get_missing_weights"] = ["head.conv.weight"]
+    world.results["OnnxParserRefitter"] = refused(world, desc="Failed to refit all the weights.")
+    with pytest.raises(EngineError) as caught:
+        build_part(world, stripped(tmp_path), print)
+    assert caught.value.code == "engine-refit"
+    assert "Failed to refit all the weights." in caught.value.why
+    assert "head.conv.weight" in caught.value.why
+    assert named(world, "Refitter.refit_cuda_engine") == []
+    assert not (tmp_path / "mask.engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "code"),
+    [
+        ("8.6", {}, "engine-option"),
+        ("10.13", {"Refitter": None}, "engine-refit"),
+        ("11.4", {"Refitter.refit_cuda_engine": False}, "engine-refit"),
+        ("11.4", {"ICudaEngine.serialize_with_config": None}, "engine-refit"),
+        ("11.4", {"Runtime.deserialize_cuda_engine": None}, "engine-build"),
+    ],
+)
+def test_an_engine_that_cannot_be_filled(
+    version: str, changes: dict[str, Any], code: str, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError) as caught:
+        build_part(filling(version, **changes), stripped(tmp_path), print)
+    assert caught.value.code == code
+    assert not (tmp_path / "mask.engine").exists()
+
+
 @pytest.mark.parametrize("options", [Options(strip=True), Options(hardware="same-cc")])
 def test_what_a_version_cannot_do_is_said(options: Options, tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:

@@ -10,7 +10,7 @@ import pytest
 from refedge.errors import EngineError
 from refedge.runtime.backends.engine_files import find_engines
 from refedge.runtime.bundle import Bundle, open_bundle
-from refedge.runtime.engine import EngineSet, EngineSpec, Target, encode_engines
+from refedge.runtime.engine import EngineSet, EngineSpec, Target, decode_engines, encode_engines
 
 ORIN = Target("10.3.0", 87, "Orin", "12.6", "linux", "aarch64")
 GRAPH = "a" * 64
@@ -42,6 +42,17 @@ def test_engines_of_this_machine_are_read(opened: Bundle) -> None:
     assert engines.folder == folder
     assert engines.read("mask", GRAPH) == DATA
     assert engines.plugin("p.so").read_bytes() == b"plugin"
+
+
+def test_an_engine_without_weights_is_refused(opened: Bundle) -> None:
+    folder = built(opened.path)
+    record = decode_engines((folder / "engines.json").read_bytes())
+    stripped = {"mask": replace(record.parts["mask"], stripped=True)}
+    (folder / "engines.json").write_bytes(encode_engines(replace(record, parts=stripped)))
+    with pytest.raises(EngineError) as caught:
+        find_engines(opened, "fp16", ORIN).read("mask", GRAPH)
+    assert caught.value.code == "engine-stripped"
+    assert "refedge build" in caught.value.fix
 
 
 def code_of(opened: Bundle, *, target: Target = ORIN, plan: str = "fp16") -> EngineError:
