@@ -66,9 +66,9 @@ def channel_scales(
 
 
 def _useful(stream: Stream, quantized: frozenset[str]) -> bool:
-    """Where a reader needs a product of its own, at least two tensors have to gain from it."""
-    count = len(quantized & stream.tensors.keys())
-    return count > (1 if stream.readers else 0)
+    """Products cost time: more tensors have to gain from the factors than products are needed."""
+    products = len(stream.readers) + len(stream.writers)
+    return len(quantized & stream.tensors.keys()) > products <= 2
 
 
 def _factors(
@@ -92,7 +92,7 @@ def _factors(
     if not readers or disturbance(best) > WORTH * disturbance(0.0):
         return None
     factors = tuple((share**-best).astype(np.float32).tolist())
-    return ChannelScale(stream.tensors, factors, stream.readers)
+    return ChannelScale(stream.tensors, factors, stream.readers, stream.writers)
 
 
 def _readers(index: GraphIndex, stream: Stream) -> list[tuple[str, npt.NDArray[np.float64] | None]]:

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from ..runtime.plan import ChannelScale
-from .canonical import MODULE, module_of
 from .graph import GraphIndex, attribute
+from .rewrite import add, declare, node_of
+from .words import recognise
 
 Key = tuple[str, int]  # a tensor and the axis of its channels
+Vector = npt.NDArray[np.float64]
 Links = tuple[list[tuple[Key, Key]], list[Key], list[Key]]
 
 _SAME = ("Relu", "LeakyRelu", "Resize", "AveragePool", "MaxPool")
@@ -34,37 +36,42 @@ class Stream:
 
     tensors: name to the axis of its channels.
     readers: those of them that something reads that cannot take the inverse; it gets a product.
+    writers: those whose maker cannot take the factor; a product follows it.
     """
 
     tensors: dict[str, int]
-    readers: tuple[str, ...]
+    readers: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
 
 
 def streams(index: GraphIndex) -> list[Stream]:
     """All of a graph, in its order, one axis per tensor."""
     groups = _Groups()
     absorbed: set[Key] = set()
-    written: set[Key] = {key for name in index.inputs for key in _keys(index, name)}
-    pinned: dict[Key, None] = {key: None for name in index.outputs for key in _keys(index, name)}
+    fixed = {*index.inputs, *index.outputs, *_inside_blocks(index)}
+    written: set[Key] = set()
+    pinned: set[Key] = set()
     for node in index.nodes:
         same, reads, writes = _links(index, node)
         for a, b in same:
             groups.join(a, b)
         through = {key for pair in same for key in pair}
         absorbed |= {*reads, *writes}
-        pinned |= dict.fromkeys(_all(index, _variables(index, node)) - through - {*reads})
+        pinned |= _all(index, _variables(index, node)) - through - {*reads}
         written |= _all(index, node.output) - through - {*writes}
     members: dict[Key, list[Key]] = defaultdict(list)
     for key in dict.fromkeys(k for n in index.nodes for k in _all_in_order(index, n.output)):
         members[groups.root(key)].append(key)
-    forbidden = {groups.root(key) for key in written}
+    forbidden = {groups.root(key) for key in _all(index, fixed)}
     found, taken = [], set[str]()
     for root, keys in members.items():
         tensors = dict(keys)
         if root in forbidden or not absorbed & {*keys} or taken & tensors.keys():
             continue
         taken |= tensors.keys()
-        found.append(Stream(tensors, tuple(name for name, axis in keys if (name, axis) in pinned)))
+        readers = tuple(name for name, axis in keys if (name, axis) in pinned)
+        writers = tuple(name for name, axis in keys if (name, axis) in written)
+        found.append(Stream(tensors, readers, writers))
     return found
 
 
@@ -76,7 +83,7 @@ def _links(index: GraphIndex, node: onnx.NodeProto) -> Links:
     if node.op_type == "Conv" and _constant(index, node):
         return [], [(reads[0], 1)], [(out, 1)]
     if node.op_type == "InstanceNormalization" and _constant(index, node):
-        return [], [(reads[0], 1)], [(out, 1)]  # the norm takes any factor away
+        return [], [(reads[0], 1)], [(out, 1)]  # it takes any factor away
     if node.op_type == "LayerNormalization" and _constant(index, node) and _last(index, node):
         return [], [], [(out, rank - 1)]
     if node.op_type == "MatMul" and _constant(index, node) and _matrix(index, node):
@@ -91,17 +98,28 @@ def _links(index: GraphIndex, node: onnx.NodeProto) -> Links:
     alike = len({index.shape(name) for name in (*reads, out)}) == 1
     if alike and (node.op_type == "Add" or (node.op_type == "Mul" and len(reads) == 1)):
         return [((n, a), (out, a)) for n in reads for _, a in _keys(index, out)], [], []
-    if alike and node.op_type == "Mul":
-        scaled = min(reads, key=lambda name: _bounded(index, name))
-        return [((scaled, axis), (out, axis)) for _, axis in _keys(index, out)], [], []
+    weighted = [name for name in reads if _weighted(index, name) and not _of_block(index, name)]
+    if alike and node.op_type == "Mul" and weighted:
+        return [((weighted[0], axis), (out, axis)) for _, axis in _keys(index, out)], [], []
     return [], [], []
 
 
-def _bounded(index: GraphIndex, name: str) -> int:
-    """Products scale one factor: rather what weights write than a gate or a nonlinearity."""
+def _inside_blocks(index: GraphIndex) -> list[str]:
+    """Tensors from a product with words to the norm behind it, where no product may come between:
+    a block of attention has to be recognised when it becomes one node."""
+    found = [f for f in (recognise(index, node) for node in index.nodes) if f is not None]
+    nodes = [node for f in found for node in (f.product, *f.between, f.norm)]
+    return [name for node in nodes for name in node.output]
+
+
+def _weighted(index: GraphIndex, name: str) -> bool:
+    """Whether a factor of a product comes from weights, which take its scale."""
     maker = index.maker.get(name)
-    order = ("Conv", "MatMul", "InstanceNormalization", "LayerNormalization")
-    return order.index(maker.op_type) if maker is not None and maker.op_type in order else 9
+    return maker is not None and bool(_links(index, maker)[2])
+
+
+def _of_block(index: GraphIndex, name: str) -> bool:
+    return recognise(index, index.maker[name]) is not None
 
 
 def _through_reshape(index: GraphIndex, name: str, out: str) -> list[tuple[Key, Key]]:
@@ -168,21 +186,23 @@ def equalize(model: onnx.ModelProto, scales: Iterable[ChannelScale]) -> onnx.Mod
     out = onnx.ModelProto()
     out.CopyFrom(model)
     index = GraphIndex(out)
-    factors: dict[str, tuple[int, npt.NDArray[np.float64]]] = {}
+    factors: dict[str, tuple[int, Vector]] = {}
     for scale in scales:
         values = np.array(scale.factors, np.float64)
         factors |= {name: (axis, values) for name, axis in scale.tensors.items()}
-    readers = {n for s in scales for n in s.readers}
     for node in index.nodes:
         _scale_constants(index, node, factors)
-    _restore(index, {name: factors[name] for name in factors if name in readers})
+    for name in (n for s in scales for n in s.readers):
+        _restore(index, name, *factors[name])
+    for name in (n for s in scales for n in s.writers):
+        _follow(index, name, *factors[name])
     return out
 
 
 def _scale_constants(
     index: GraphIndex,
     node: onnx.NodeProto,
-    factors: dict[str, tuple[int, npt.NDArray[np.float64]]],
+    factors: dict[str, tuple[int, Vector]],
 ) -> None:
     reads = [factors[n][1] for n in _variables(index, node) if n in factors]
     axis, writes = factors.get(node.output[0], (0, None))
@@ -228,29 +248,33 @@ def _put(
     index.model.graph.initializer.append(tensor)
 
 
-def _restore(index: GraphIndex, factors: dict[str, tuple[int, npt.NDArray[np.float64]]]) -> None:
-    """A product with the inverse before every reader that cannot take it."""
-    graph = index.model.graph
-    for name, (axis, values) in factors.items():
-        rank = len(index.shape(name) or ())
-        shape = [-1 if i == axis else 1 for i in range(rank)]
-        inverse = np.asarray((1.0 / values).reshape(shape), np.float32)
-        plain, factor = f"{name}/plain", f"{name}/inverse"
-        graph.initializer.append(numpy_helper.from_array(inverse, factor))
-        maker = index.maker[name]
-        product = helper.make_node("Mul", [name, factor], [plain], name=plain)
-        product.metadata_props.add(key=MODULE, value=module_of(maker))
-        for value in graph.value_info:
-            if value.name == name:
-                graph.value_info.add().CopyFrom(value)
-                graph.value_info[-1].name = plain
-                break
-        for node in index.readers[name]:
-            same, reads, _ = _links(index, node)
-            if (name, axis) in reads or any((name, axis) in pair for pair in same):
-                continue
-            for position, value in enumerate(node.input):
-                if value == name:
-                    node.input[position] = plain
-        at = next(i for i, n in enumerate(graph.node) if n.output == maker.output)
-        graph.node.insert(at + 1, product)
+def _restore(index: GraphIndex, name: str, axis: int, values: Vector) -> None:
+    """A product with the inverse for every reader that cannot take it."""
+    plain = f"{name}/plain"
+    for node in index.readers[name]:
+        same, reads, _ = _links(index, node)
+        if (name, axis) in reads or any((name, axis) in pair for pair in same):
+            continue
+        for position in (i for i, value in enumerate(node.input) if value == name):
+            node.input[position] = plain
+    _product(index, name, plain, (axis, 1.0 / values), index.maker[name])
+
+
+def _follow(index: GraphIndex, name: str, axis: int, values: Vector) -> None:
+    """A product with the factors behind a maker that cannot take them."""
+    maker, plain = index.maker[name], f"{name}/made"
+    maker.output[list(maker.output).index(name)] = plain
+    _product(index, plain, name, (axis, values), maker)
+
+
+def _product(
+    index: GraphIndex, source: str, result: str, by: tuple[int, Vector], maker: onnx.NodeProto
+) -> None:
+    graph, (axis, values) = index.model.graph, by
+    known = source if index.shape(source) is not None else result
+    shape = [-1 if i == axis else 1 for i in range(len(index.shape(known) or ()))]
+    factor = add(index, f"{result}/factor", np.asarray(values.reshape(shape), np.float32))
+    product = node_of(maker, "Mul", [source, factor], [result], f"{result}/Mul")
+    declare(index, source if known == result else result, known)
+    at = next(i for i, n in enumerate(graph.node) if n.output == maker.output)
+    graph.node.insert(at + 1, product)

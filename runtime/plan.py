@@ -35,11 +35,13 @@ class ChannelScale:
     tensors: name to the axis of its channels; all of them have these factors.
     factors: one per channel.
     readers: tensors that something reads that cannot take the inverse into its weights.
+    writers: tensors whose maker cannot take the factors into its weights.
     """
 
     tensors: dict[str, int]
     factors: tuple[float, ...]
     readers: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
