@@ -23,7 +23,7 @@ import onnx
 
 from ..errors import ExportError
 from ..runtime.plan import PartPlan, Plan
-from .fuse import fuse
+from .fuse import Fusion, fuse
 from .half import store_half, to_half
 from .lower import to_opset_17
 from .ort import for_ort
@@ -58,13 +58,14 @@ def mark(model: onnx.ModelProto, dialect: str, plan: str) -> onnx.ModelProto:
 
 def write_dialect(
     model: onnx.ModelProto, dialect: str, plan: Plan, part: PartPlan
-) -> tuple[onnx.ModelProto, bytes]:
-    """The graph of a part in a dialect, and its sidecar (empty where it has none)."""
+) -> tuple[onnx.ModelProto, bytes, list[Fusion]]:
+    """The graph of a part in a dialect, its sidecar (empty where it has none), what was fused."""
     ort, family = dialect.startswith("ort"), WITH_PLUGIN.get(dialect, dialect)
+    fusions: list[Fusion] = []
     if dialect in WITH_PLUGIN:
         fused = onnx.ModelProto()
         fused.CopyFrom(model)
-        fuse(fused)
+        fusions = fuse(fused)
         model = fused
     out = write_qdq(model, part, unsigned=ort, stored=ort, unsigned_weights=dialect == "ort-u8u8")
     sidecar = b""
@@ -76,4 +77,4 @@ def write_dialect(
         sidecar = json.dumps(record, indent=1).encode() + b"\n"
     elif ort and plan.rest == "fp16":
         out = store_half(out)
-    return mark(for_ort(out) if ort else out, dialect, plan.name), sidecar
+    return mark(for_ort(out) if ort else out, dialect, plan.name), sidecar, fusions
