@@ -77,8 +77,8 @@ def _narrows(block: Heads) -> bool:
 
 def _why(fold: Fold) -> str:
     """Why there is no block to fuse, from what folding says of it."""
-    if isinstance(fold.block, Heads) and fold.block.inner:
-        b = fold.block
+    b = fold.block
+    if isinstance(b, Heads) and b.inner and not _narrows(b):
         return f"{b.heads} x {b.words} columns of words are no fewer than {b.channels} channels"
     return fold.why
 

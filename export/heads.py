@@ -143,7 +143,9 @@ def _recognise(index: GraphIndex, softmax: onnx.NodeProto, shape: Heads) -> _Fou
     if scores is None or scores.op_type != "MatMul":
         return "no product makes its scores"
     if not only(index, scores.output[0]) or not only(index, where.output[0]):
-        return "its scores serve something else too"
+        kinds = [n.op_type for n in index.readers[scores.output[0]]]
+        other = "a softmax over pixels" if "Softmax" in kinds else "something else"
+        return f"its scores serve {other} too"
     mixed = reader_of(index, softmax.output[0], "MatMul")
     sizes = index.shape(softmax.output[0])
     if mixed is None or mixed.input[0] != softmax.output[0] or sizes is None or len(sizes) != 4:

@@ -247,7 +247,9 @@ def test_mutual_attention_is_one_node() -> None:
 def test_what_is_nearly_mutual_attention_stays(form: dict[str, float]) -> None:
     model = mutual_part(**form)
     before = model.SerializeToString(deterministic=True)
-    assert [f.operator for f in fuse(model)] == [""]
+    done = fuse(model)
+    assert [f.operator for f in done] == [""]
+    assert "a softmax over pixels too" in done[0].why
     assert model.SerializeToString(deterministic=True) == before
 
 
