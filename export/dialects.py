@@ -7,7 +7,7 @@ ort-u8u8  the same with uint8 weights, for processors whose u8 x s8 kernels satu
 trt10     TensorRT 10.3 to 11.4, strongly typed: int8 with zero-point 0, fp16 or fp32 rest.
 trt8      TensorRT 8.6: made from the fp32 graph, opset 17, Gelu in pieces, fp32 scales; a sidecar
           names the layers that the builder must keep in float32.
-trt10-plugin, trt8-plugin: the same where a block of attention to words is one node that the
+trt10-plugin, trt8-plugin: the same where attention to words is one node that the
           TensorRT plugin computes; integers stop at its border.
 
 All dialects of a plan quantize by the same scales; they differ in encoding and in what surrounds
