@@ -30,6 +30,7 @@ class Call(ctypes.Structure):
         ("inputs", ctypes.c_void_p * 6),
         ("outputs", ctypes.c_void_p * 2),
         ("work", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p * 5),
         *((name, ctypes.c_int) for name in (
             "batch", "pixels", "channels", "words", "heads", "width", "chunks", "span", "vector",
         )),
