@@ -10,12 +10,13 @@ extern "C" __global__ void __launch_bounds__(refedge::kThreads) REFEDGE_QUICK(qu
   refedge::norm_scores<REFEDGE_SCALAR>(c);
 }
 
-// The weights are there for their shape alone; epsilon comes as the bits of a float.
+// The weights are there for their shape alone.
 extern "C" __global__ void __launch_bounds__(refedge::kThreads) REFEDGE_QUICK(quick_columns)(
-    REFEDGE_SCALAR const* values, bool const* words, float const*, float const* moments, int pixels,
-    int channels, int count, int epsilon, REFEDGE_SCALAR* columns, float* mean) {
+    REFEDGE_SCALAR const* values, bool const* words, float const*, float const* moments,
+    float const* epsilon, int pixels, int channels, int count, REFEDGE_SCALAR* columns,
+    float* mean) {
   refedge::Call c = refedge::norm_call(pixels, channels, count);
-  c.in[2] = values, c.in[3] = words, c.epsilon = __int_as_float(epsilon);
+  c.in[2] = values, c.in[3] = words, c.epsilon = *epsilon;
   c.part[1] = const_cast<float*>(moments), c.part[2] = mean, c.part[3] = columns;
   refedge::norm_columns<REFEDGE_SCALAR>(c);
 }

@@ -146,11 +146,6 @@ static float __shfl_xor_sync(unsigned mask, float v, int flip) {
   return __shfl_sync(mask, v, emulation::current % 32 ^ flip);
 }
 static float rsqrtf(float v) { return 1.f / std::sqrt(v); }
-static float __int_as_float(int bits) {
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
 
 // Tensor cores: lane 0 holds a warp's pieces whole and works for all, between two meetings.
 namespace nvcuda::wmma {
