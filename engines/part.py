@@ -38,6 +38,7 @@ class Options:
     hardware:  ``ampere+`` or ``same-cc``: run on other GPUs too.
     versions:  run on later TensorRT of the same major version too.
     refit, strip: weights can be replaced; weights are left out.
+    quick:     ahead-of-time plugins for the nodes of the dialect ``trt10-quick``.
     """
 
     workspace: int | None = None
@@ -46,6 +47,7 @@ class Options:
     versions: bool = False
     refit: bool = False
     strip: bool = False
+    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class PartTask:
     pinned: names of ONNX nodes that stay in float32; for a TensorRT that chooses types itself.
     shapes: input to its least, usual and largest shape; inputs of one shape are not there.
     plugins: libraries to load first: path to SHA-256.
+    sm: compute capability times ten of the GPU that builds.
     """
 
     part: str
@@ -68,6 +71,7 @@ class PartTask:
     pinned: tuple[str, ...]
     shapes: Shapes
     plugins: dict[str, str] = field(default_factory=dict)
+    sm: int = 0
     options: Options = field(default_factory=Options)
 
 
@@ -85,6 +89,10 @@ def build_part(trt: Any, task: PartTask, say: Say) -> PartResult:
     """Parse, build, write the engine, ask the inspector; raises EngineError."""
     logger = new_log(trt)
     load_plugins(trt, logger, task.plugins)
+    if task.options.quick:
+        from ..plugins.quick import register
+
+        register(trt, task.sm)
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # the bindings' word for a null pointer

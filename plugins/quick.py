@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, Signature
+from types import GenericAlias
 from typing import Any
 
 from ..errors import EngineError
@@ -168,13 +169,17 @@ def _declare(trt: Any, trtp: Any, name: str, one: Pass, code: Mapping[str, str])
         return entry, code[entry], launch, trtp.SymIntExprs.from_tuple(integers)
 
     tensors = [_parameter(n, trtp.TensorDesc) for n in one.inputs]
-    made = tuple[(trtp.TensorDesc,) * len(one.outputs)]  # type: ignore[misc]
-    what = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    both = [_parameter("outputs"), _parameter("tactic")]
-    describe.__signature__ = Signature(tensors, return_annotation=made)  # type: ignore[attr-defined]
-    compiled.__signature__ = Signature([*tensors, *both], return_annotation=what)  # type: ignore[attr-defined]
+    made = GenericAlias(tuple, (trtp.TensorDesc,) * len(one.outputs))
+    what = GenericAlias(tuple, (str, str, trtp.KernelLaunchParams, trtp.SymIntExprs))
+    given = [*tensors, _parameter("outputs"), _parameter("tactic")]
+    _sign(describe, Signature(tensors, return_annotation=made))
+    _sign(compiled, Signature(given, return_annotation=what))
     trtp.register(f"{NAMESPACE}::{name}")(describe)
     trtp.aot_impl(f"{NAMESPACE}::{name}")(compiled)
+
+
+def _sign(function: Any, signature: Signature) -> None:
+    function.__signature__ = signature
 
 
 def _parameter(name: str, annotation: Any = Parameter.empty) -> Parameter:

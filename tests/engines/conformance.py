@@ -19,6 +19,7 @@ VERSIONS: list[str] = TABLE["versions"]
 # what an argument of that name is; every argument typed Any must be here or in PLAIN
 ARGUMENTS = {
     "trt": "module",
+    "trtp": "class plugin",
     "builder": "Builder",
     "cache": "ITimingCache",
     "config": "IBuilderConfig",
@@ -34,7 +35,8 @@ ARGUMENTS = {
     "runtime": "Runtime",
     "tensor": "ITensor",
 }
-PLAIN = {"severity", "found", "items", "entry", "arguments", "layers", "driver"}
+PLAIN = {"severity", "found", "items", "entry", "arguments", "layers", "driver", "annotation"}
+PLAIN |= {"function", "part", "whole"}
 FLAGS = {"yes", "no", "nothing"}  # what a variable holds of a hasattr or getattr
 OWN = {"lines"}  # what our own subclasses add
 # what our own functions return
@@ -43,6 +45,7 @@ OURS = {"new_log": "ILogger", "open_tensorrt": "module", "_timing_cache": "ITimi
 BEHIND = {
     "new_progress": ("IBuilderConfig", "progress_monitor"),
     "_pin": ("BuilderFlag", "OBEY_PRECISION_CONSTRAINTS"),
+    "_declare": ("", "QuickPluginCreationRequest"),
 }
 
 

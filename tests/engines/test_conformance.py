@@ -11,6 +11,7 @@ from . import conformance
 ROOT = Path(__file__).parents[2]
 MODULES = [
     *sorted((ROOT / "engines").glob("*.py")),
+    ROOT / "plugins" / "quick.py",
     ROOT / "runtime" / "backends" / "bindings.py",
     *sorted((ROOT / "runtime" / "backends").glob("tensorrt*.py")),
 ]
@@ -38,6 +39,16 @@ def test_the_builder_is_seen() -> None:
         ("", "OnnxParser"),
     ):
         assert name in seen
+
+
+def test_the_ahead_of_time_plugins_are_seen() -> None:
+    source = (ROOT / "plugins" / "quick.py").read_text()
+    seen = conformance.uses(source)
+    for name in ("register", "aot_impl", "from_shape_expr", "KernelLaunchParams", "SymIntExprs"):
+        assert ("plugin", name) in seen
+    assert conformance.faults(source.replace("trtp.aot_impl(", "trtp.aot(")) != []
+    assert conformance.faults(source.replace("shared_mem=", "shared=")) != []
+    assert conformance.faults(source.replace("not hasattr(trt,", "trt and (trt,")) != []
 
 
 @pytest.mark.parametrize(
