@@ -22,19 +22,31 @@ PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 _PLUGIN = ", ".join(f'{name}: string = "{value}"' for name, value in PLUGIN.items())
 
 _CROSS = """
-CrossAttention_{dtype} <{plugin}> (x, keys, values, words) => (y) {{
-  heads = Constant <value_ints = [1]> ()
+CrossAttention_{dtype} <{plugin}> (x, keys, values, words, offset) => (y) {{
+  pixels = Constant <value_ints = [1]> ()
   middle = Constant <value_ints = [1, 2]> ()
-  wide = Unsqueeze (x, heads)
-  scores = MatMul (wide, keys)
+  columns = Constant <value_ints = [0, 0, -1]> ()
+  kept = Constant <value_ints = [0, 0]> ()
+  rows = Constant <value_ints = [0, -1]> ()
+  keys_flat = Reshape (keys, columns)
+  scores = MatMul (x, keys_flat)
   scores_f = {up} (scores)
+  counts = Shape <start = 2> (keys)
+  split = Concat <axis = 0> (kept, counts)
+  apart = Reshape (scores_f, split)
+  offset_f = {up} (offset)
+  shift = Unsqueeze (offset_f, pixels)
+  shifted = Add (apart, shift)
   valid = Unsqueeze (words, middle)
   masked = Constant <value = float {{{masked}}}> ()
-  only = Where (valid, scores_f, masked)
+  only = Where (valid, shifted, masked)
   weights_f = Softmax <axis = 3> (only)
   weights = {down} (weights_f)
-  each = MatMul (weights, values)
-  y = ReduceSum <keepdims = 0> (each, heads)
+  together = Reshape (weights, columns)
+  width = Shape <start = 3> (values)
+  size = Concat <axis = 0> (rows, width)
+  values_flat = Reshape (values, size)
+  y = MatMul (together, values_flat)
 }}"""
 
 _NORM = """

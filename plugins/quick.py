@@ -1,8 +1,8 @@
-"""NormAttention as ahead-of-time plugins of TensorRT 10.9 and later: nothing to compile on a board.
+"""The operators as ahead-of-time plugins of TensorRT 10.9 and later: nothing to compile on a board.
 
 Such a plugin is declared in Python while an engine is built and then lies in the engine, as PTX:
 whoever runs that needs neither this module nor Python. It launches one kernel, has no workspace and
-no numbers but integers that follow from shapes. So each pass of the operator is a plugin of its own
+no numbers but integers that follow from shapes. So each pass of an operator is a plugin of its own
 and what passes leave to each other are tensors; ``../export/passes.py`` writes such a chain.
 The kernels are ``kernels/quick.cu``; docs/plugins.md tells what is known of the interface.
 """
@@ -19,12 +19,19 @@ from ..errors import EngineError
 from .native import ptx
 
 NAMESPACE = "refedge"
-FLOAT32 = frozenset({"relevance", "weights", "moments", "mean", "epsilon"})  # in every type
+# float32 whatever the operator's type; words are boolean, all else is of that type
+FLOAT32 = frozenset({"relevance", "weights", "moments", "mean", "epsilon", "tops", "sums", "told"})
 _THREADS, _TILE, _GROUP, _CHUNKS = 256, 64, 32, 128  # as in kernels/call.h
-_MOST = {"C": 1024, "T": 128}
+_MOST = {
+    "C": (1024, "channels"),
+    "D": (1024, "channels"),
+    "H": (1024, "heads"),
+    "T": (128, "words"),
+}
 
-# By letter: B expressions, N pixels, C channels, T words, W words padded to 32, P tiles of pixels,
-# M moments of a tile. These are symbols of TensorRT's, or integers: nothing but + - * // is there.
+# By letter: B expressions, N pixels, C channels, T words, H heads, D channels of values; W words
+# padded to 32, P tiles of pixels, M moments of a tile, Q words of all heads; digits are themselves.
+# These are symbols of TensorRT's, or integers: nothing but + - * // is there.
 Lengths = Mapping[str, Any]
 Launch = tuple[tuple[Any, Any, Any], Any]  # grid, bytes of shared memory
 
@@ -51,11 +58,14 @@ class Pass:
             for name, letters in self.inputs.items()
             for axis, letter in enumerate(letters)
         }
+        found["2"] = 2
         if "T" in found:
             found["W"] = _parts(found["T"], _GROUP) * _GROUP
             found["M"] = found["T"] + found["T"] * (found["T"] + 1) // 2
         if "N" in found:
             found["P"] = _parts(found["N"], _TILE)
+        if "H" in found:
+            found["Q"] = found["H"] * found["T"]
         return found
 
 
@@ -67,55 +77,153 @@ def _tile(rows: int, columns: int, size: int) -> int:
     return rows * (columns * size + 16)
 
 
-def _scores(x: Lengths, size: int) -> Launch:
-    chunks = _parts(x["P"], _parts(x["P"], _CHUNKS))
+def _by_word(size: int) -> int:
     depth = 128 // size
-    stages = _tile(_GROUP, depth, size) + _tile(depth, _TILE, size)
-    return (chunks, 1, x["B"]), x["W"] * _tile(1, _TILE, 4) + x["T"] * 4 + stages
+    return _tile(_GROUP, depth, size) + _tile(depth, _TILE, size)
 
 
-def _columns(x: Lengths, size: int) -> Launch:
+def _by_pixel(size: int) -> int:
+    depth = 128 // size
+    return _tile(_TILE, depth, size) + _tile(depth, _GROUP, size)
+
+
+def _cross_weights(x: Lengths, size: int) -> Launch:
+    return (x["H"], x["P"], x["B"]), (x["W"] * 4 + 16) * _TILE + _by_pixel(size)
+
+
+def _cross_output(x: Lengths, size: int) -> Launch:
+    stages = _tile(_TILE, _GROUP, size) + _tile(_GROUP, _TILE, size)
+    return (_parts(x["D"], _TILE), x["P"], x["B"]), stages + _tile(_TILE, _TILE, 4)
+
+
+def _norm_scores(x: Lengths, size: int) -> Launch:
+    chunks = _parts(x["P"], _parts(x["P"], _CHUNKS))
+    return (chunks, 1, x["B"]), x["W"] * _tile(1, _TILE, 4) + x["T"] * 4 + _by_word(size)
+
+
+def _norm_columns(x: Lengths, size: int) -> Launch:
     return (_parts(x["C"], _TILE), 1, x["B"]), (x["M"] + x["W"] * (_THREADS // 32)) * 4
 
 
-def _thin(x: Lengths, size: int) -> Launch:
-    depth = 128 // size
-    stages = _tile(_TILE, depth, size) + _tile(depth, _GROUP, size)
+def _norm_thin(x: Lengths, size: int) -> Launch:
     grid = _parts(x["C"], _TILE), x["W"] // _GROUP, x["B"]
-    return grid, stages + _tile(_TILE, _GROUP, 4)
+    return grid, _by_pixel(size) + _tile(_TILE, _GROUP, 4)
 
 
-def _output(x: Lengths, size: int) -> Launch:
+def _norm_output(x: Lengths, size: int) -> Launch:
     depth = 128 // size
     stages = _tile(_TILE, depth, size) + _tile(_GROUP, _TILE, size) + _tile(depth, _TILE, size)
     return (_parts(x["C"], _TILE), x["P"], x["B"]), stages + _tile(_TILE, _TILE, 4)
 
 
-# Tensors of one name are the same tensor: the operator's own are those of ``reference.py``.
-PASSES = {
-    "NormScores": Pass(
-        "quick_scores",
-        {"query": "BCN", "keys": "BTC", "words": "BT"},
-        "NCT",
-        {"relevance": "BN", "weights": "BTN", "moments": "BPM"},
-        _scores,
+def _mutual_seen(x: Lengths, size: int) -> Launch:
+    stages = _tile(_GROUP, _TILE, 4) + _tile(_GROUP, _TILE, size) + _by_word(size)
+    return (x["P"], x["H"] * (x["W"] // _GROUP), x["B"]), stages
+
+
+def _mutual_pairs(x: Lengths, size: int) -> Launch:
+    return (_parts(x["T"], _THREADS // 32), x["H"], x["B"]), x["D"] * (_THREADS // 32 * 4)
+
+
+def _mutual_product(x: Lengths, size: int) -> Launch:
+    grid = x["P"], x["W"] // _GROUP, x["B"]
+    return grid, x["W"] * _tile(1, _TILE, 4) + _by_word(size)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """An operator of ``reference.py`` as passes. Tensors of one name are the same tensor."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    passes: Mapping[str, Pass]
+
+
+CHAINS = {
+    "CrossAttention": Chain(
+        ("x", "keys", "values", "words", "offset"),
+        ("y",),
+        {
+            "CrossWeights": Pass(
+                "quick_cross_weights",
+                {"x": "BNC", "keys": "BCHT", "words": "BT", "offset": "BHT"},
+                "NCTH",
+                {"shares": "BNQ"},
+                _cross_weights,
+            ),
+            "CrossOutput": Pass(
+                "quick_cross_output",
+                {"shares": "BNQ", "values": "BHTD"},
+                "NTHD",
+                {"y": "BND"},
+                _cross_output,
+            ),
+        },
     ),
-    "NormColumns": Pass(
-        "quick_columns",
-        {"values": "BCT", "words": "BT", "weights": "BTN", "moments": "BPM", "epsilon": "1"},
-        "NCT",
-        {"columns": "BCW", "mean": "BT"},
-        _columns,
+    "NormAttention": Chain(
+        ("query", "keys", "values", "words", "first", "second"),
+        ("y", "relevance"),
+        {
+            "NormScores": Pass(
+                "quick_norm_scores",
+                {"query": "BCN", "keys": "BTC", "words": "BT"},
+                "NCT",
+                {"relevance": "BN", "weights": "BTN", "moments": "BPM"},
+                _norm_scores,
+            ),
+            "NormColumns": Pass(
+                "quick_norm_columns",
+                {"values": "BCT", "words": "BT", "weights": "BTN", "moments": "BPM",
+                 "epsilon": "1"},
+                "NCT",
+                {"columns": "BCW", "mean": "BT"},
+                _norm_columns,
+            ),
+            "NormThin": Pass(
+                "quick_norm_thin",
+                {"first": "CC", "columns": "BCW"},
+                "CW",
+                {"thin": "BCW"},
+                _norm_thin,
+            ),
+            "NormOutput": Pass(
+                "quick_norm_output",
+                {"weights": "BTN", "mean": "BT", "columns": "BCW", "thin": "BCW", "second": "CC"},
+                "NCT",
+                {"y": "BCN"},
+                _norm_output,
+            ),
+        },
     ),
-    "NormThin": Pass("quick_thin", {"first": "CC", "columns": "BCW"}, "CW", {"thin": "BCW"}, _thin),
-    "NormOutput": Pass(
-        "quick_output",
-        {"weights": "BTN", "mean": "BT", "columns": "BCW", "thin": "BCW", "second": "CC"},
-        "NCT",
-        {"y": "BCN"},
-        _output,
+    "MutualAttention": Chain(
+        ("keys", "values", "words", "seen_keys", "seen_values"),
+        ("y", "told"),
+        {
+            "MutualSeen": Pass(
+                "quick_mutual_seen",
+                {"keys": "BHTD", "seen_keys": "BHDN", "seen_values": "BHND"},
+                "NTHD",
+                {"tops": "BHPT2", "sums": "BHPTD"},
+                _mutual_seen,
+            ),
+            "MutualPairs": Pass(
+                "quick_mutual_pairs",
+                {"values": "BHTD", "words": "BT", "tops": "BHPT2", "sums": "BHPTD"},
+                "PTHD",
+                {"pairs": "BHTW"},
+                _mutual_pairs,
+            ),
+            "MutualProduct": Pass(
+                "quick_mutual_product",
+                {"keys": "BHTD", "words": "BT", "seen_keys": "BHDN", "pairs": "BHTW"},
+                "NTHD",
+                {"y": "BTN", "told": "BTN"},
+                _mutual_product,
+            ),
+        },
     ),
-}
+}  # fmt: skip
+PASSES = {name: one for chain in CHAINS.values() for name, one in chain.passes.items()}
 
 
 def register(trt: Any, sm: int) -> None:
@@ -159,9 +267,9 @@ def _declare(trt: Any, trtp: Any, name: str, one: Pass, code: Mapping[str, str])
 
     def compiled(*given: Any) -> Any:
         found, kind = lengths(given[:count]), given[typed].dtype
-        for letter, most in _MOST.items():
+        for letter, (most, unit) in _MOST.items():
             if letter in found and found[letter].is_constant:
-                _require(name, letter, found[letter].constant_value(), most)
+                _require(name, found[letter].constant_value(), most, unit)
         grid, shared = one.launch(found, 4 if kind == trt.float32 else 2)
         entry = f"{one.kernel}_{suffix[kind]}"
         launch = trtp.KernelLaunchParams(*grid, block_x=_THREADS, shared_mem=shared)
@@ -186,11 +294,11 @@ def _parameter(name: str, annotation: Any = Parameter.empty) -> Parameter:
     return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
 
 
-def _require(name: str, letter: str, length: int, most: int) -> None:
+def _require(name: str, length: int, most: int, unit: str) -> None:
     if length > most:
         raise EngineError(
             "plugin-quick",
-            f"{name} cannot take {length} {'words' if letter == 'T' else 'channels'}",
+            f"{name} cannot take {length} {unit}",
             why=f"its kernel takes up to {most}",
             fix="build without --quick",
         )

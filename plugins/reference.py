@@ -28,15 +28,17 @@ def _masked(scores: Doubles, words: Array) -> Doubles:
     return np.where(words | empty, np.where(empty, 0.0, scores), -np.inf)
 
 
-def cross_attention(x: Array, keys: Array, values: Array, words: Array) -> Doubles:
+def cross_attention(x: Array, keys: Array, values: Array, words: Array, offset: Array) -> Doubles:
     """Pixels attend to words, heads folded into keys and values.
 
-    x [B, N, C]; keys [B, H, C, T] with the query's projection and the scale applied; values
-    [B, H, T, D] with the output's projection applied. Returns [B, N, D]: the sum over the heads.
+    x [B, N, C]; keys [B, C, H, T] with the query's projection and the scale applied; values
+    [B, H, T, D] with the output's projection applied; offset [B, H, T], the query's bias times the
+    keys, zeros without one. Returns [B, N, D]: the sum over the heads.
     """
-    wide = np.asarray(x, np.float64)[:, None]
-    weights = softmax(_masked(wide @ np.asarray(keys, np.float64), words[:, None, None]), 3)
-    return np.asarray((weights @ np.asarray(values, np.float64)).sum(1))
+    wide, k, v = (np.asarray(a, np.float64) for a in (x, keys, values))
+    scores = np.einsum("bnc,bcht->bnht", wide, k) + np.asarray(offset, np.float64)[:, None]
+    weights = softmax(_masked(scores, words[:, None, None]), 3)
+    return np.asarray(np.einsum("bnht,bhtd->bnd", weights, v))
 
 
 def norm_attention(

@@ -17,11 +17,13 @@ from .onnx_function import DOMAIN, PLUGIN
 _MASKED = -1e4
 
 
-def cross_attention(x: Tensor, keys: Tensor, values: Tensor, words: Tensor) -> Tensor:
+def cross_attention(
+    x: Tensor, keys: Tensor, values: Tensor, words: Tensor, offset: Tensor
+) -> Tensor:
     """As ``reference.cross_attention``, in the dtype of x; the softmax in float32."""
-    scores = (x[:, None] @ keys).float()
+    scores = (x @ keys.flatten(2)).float().unflatten(2, offset.shape[1:]) + offset.float()[:, None]
     weights = torch.softmax(torch.where(words[:, None, None], scores, _MASKED), dim=3)
-    return (weights.to(x.dtype) @ values).sum(1)
+    return weights.to(x.dtype).flatten(2) @ values.flatten(1, 2)
 
 
 def norm_attention(

@@ -51,7 +51,7 @@ struct Kind {
   int inputs, outputs, words;  // `words` is the index of that input
 };
 constexpr Kind kKinds[] = {
-    {kCrossAttention, 4, 1, 3}, {kNormAttention, 6, 2, 3}, {kMutualAttention, 5, 2, 2}};
+    {kCrossAttention, 5, 1, 3}, {kNormAttention, 6, 2, 3}, {kMutualAttention, 5, 2, 2}};
 struct Name {
   char const* text;
   Kind const* kind;
@@ -92,8 +92,9 @@ bool sizes(Kind const& kind, Dims const* const* in, Call& c) {
   int64_t b, n, k = 1, t, h = 1, w = 1;
   bool fits;
   if (kind.op == kCrossAttention) {
-    b = at(0, 0), n = at(0, 1), k = at(0, 2), h = at(1, 1), t = at(1, 3), w = at(2, 3);
-    fits = is(0, {b, n, k}) && is(1, {b, h, k, t}) && is(2, {b, h, t, w}) && is(3, {b, t});
+    b = at(0, 0), n = at(0, 1), k = at(0, 2), h = at(1, 2), t = at(1, 3), w = at(2, 3);
+    fits = is(0, {b, n, k}) && is(1, {b, k, h, t}) && is(2, {b, h, t, w}) && is(3, {b, t}) &&
+           is(4, {b, h, t});
   } else if (kind.op == kNormAttention) {
     b = at(0, 0), k = at(0, 1), n = at(0, 2), t = at(1, 1);
     fits = is(0, {b, k, n}) && is(1, {b, t, k}) && is(2, {b, k, t}) && is(3, {b, t}) &&

@@ -1,4 +1,5 @@
-// CrossAttention: x [B, N, C], keys [B, H, C, T], values [B, H, T, D], words [B, T] -> [B, N, D].
+// CrossAttention: x [B, N, C], keys [B, C, H, T], values [B, H, T, D], words [B, T], offset
+// [B, H, T] -> [B, N, D].
 #pragma once
 #include "tile.h"
 
@@ -14,8 +15,10 @@ template <class T> __device__ void cross_weights(Call const& c) {
   T* const left = reinterpret_cast<T*>(scores + kTile * row);
   T* const right = left + kTile * row_of(kDepth, sizeof(T));
   T const* const x = static_cast<T const*>(c.in[0]) + (1ll * b * c.pixels + p0) * c.channels;
+  int const columns = c.heads * c.words;
   T const* const keys =
-      static_cast<T const*>(c.in[1]) + (1ll * b * c.heads + h) * c.channels * c.words;
+      static_cast<T const*>(c.in[1]) + 1ll * b * c.channels * columns + h * c.words;
+  T const* const offset = static_cast<T const*>(c.in[4]) + 1ll * b * columns + h * c.words;
   Words const words(c, c.in[3], b);
 
   for (int t0 = 0; t0 < c.words; t0 += kGroup) {
@@ -23,7 +26,7 @@ template <class T> __device__ void cross_weights(Call const& c) {
     product.clear();
     for (int k = 0; k < c.channels; k += kDepth) {
       load_tile<kTile, kDepth>(left, x + k, c.channels, pixels, c.channels - k, c.vector & 1);
-      load_tile<kDepth, kGroup>(right, keys + 1ll * k * c.words + t0, c.words, c.channels - k,
+      load_tile<kDepth, kGroup>(right, keys + 1ll * k * columns + t0, columns, c.channels - k,
                                 c.words - t0, c.vector & 2);
       __syncthreads();
       product.template add<kDepth>(left, row_of(kDepth, sizeof(T)), right, row_of(kGroup, sizeof(T)));
@@ -32,9 +35,12 @@ template <class T> __device__ void cross_weights(Call const& c) {
     product.store(scores + t0, row);
   }
   __syncthreads();
+  // the scores that this thread reads in word_softmax, so that there is nothing to wait for
+  for (int t = threadIdx.x % 4; t < c.words; t += 4)
+    scores[threadIdx.x / 4 * row + t] += to_float(offset[t]);
   word_softmax(scores, 1, row, words, c.words, pixels);
   __syncthreads();
-  T* const weights = static_cast<T*>(c.work);
+  T* const weights = static_cast<T*>(c.part[0]);
   for (int e = threadIdx.x; e < pixels * c.words; e += kThreads) {
     int const p = e / c.words, t = e % c.words;
     weights[((1ll * b * c.pixels + p0 + p) * c.heads + h) * c.words + t] =
@@ -51,7 +57,7 @@ template <class T> __device__ void cross_output(Call const& c) {
   float* const sums = reinterpret_cast<float*>(memory);
   T* const left = reinterpret_cast<T*>(sums + kTile * row);
   T* const right = left + kTile * row_of(kGroup, sizeof(T));
-  T const* const weights = static_cast<T const*>(c.work) + (1ll * b * c.pixels + p0) * depth;
+  T const* const weights = static_cast<T const*>(c.part[0]) + (1ll * b * c.pixels + p0) * depth;
   T const* const values = static_cast<T const*>(c.in[2]) + 1ll * b * depth * c.width + d0;
   bool const aligned = depth % (16 / sizeof(T)) == 0;
 

@@ -12,7 +12,7 @@ from refedge.export.canonical import MODULE
 from refedge.export.dialects import write_dialect
 from refedge.export.targets import lint_target, require_target
 from refedge.plugins.onnx_function import DOMAIN
-from refedge.plugins.quick import PASSES
+from refedge.plugins.quick import CHAINS, PASSES
 
 from .test_fuse import mask_part, plan_for
 from .test_words import SLICES
@@ -27,7 +27,8 @@ def test_the_chain_has_the_operands_of_the_node(rest: str) -> None:
     require_target(out, "trt10-quick")
     assert {f.rule for f in lint_target(out, "trt10-plugin")} >= {"operator"}
     made = [n for n in out.graph.node if n.domain == DOMAIN]
-    assert [n.op_type for n in made] == list(PASSES) * SLICES
+    chain = CHAINS["NormAttention"]
+    assert [n.op_type for n in made] == list(chain.passes) * SLICES
     weights = {t.name: numpy_helper.to_array(t) for t in out.graph.initializer}
     for node in (n for n in fused.graph.node if n.domain == DOMAIN):
         tensors = defaultdict(set)
@@ -39,9 +40,8 @@ def test_the_chain_has_the_operands_of_the_node(rest: str) -> None:
             settings = {a.name: helper.get_attribute_value(a) for a in one.attribute}
             assert settings == {"plugin_namespace": b"refedge", "plugin_version": b"1", "aot": 1}
             assert [p.value for p in one.metadata_props if p.key == MODULE] == [node.name[:7]]
-        given = [tensors[n] for n in ("query", "keys", "values", "words", "first", "second")]
-        assert given == [{name} for name in node.input]
-        assert [tensors["y"], tensors["relevance"]] == [{name} for name in node.output]
+        assert [tensors[n] for n in chain.inputs] == [{name} for name in node.input]
+        assert [tensors[n] for n in chain.outputs] == [{name} for name in node.output]
         assert all(len(found) == 1 for found in tensors.values())
         (epsilon,) = tensors["epsilon"]
         np.testing.assert_array_equal(weights[epsilon], np.float32([1e-5]))

@@ -166,10 +166,11 @@ def others(operator: str, given: list[list[Any]]) -> dict[str, Form]:
         chains |= {"unfused": unfused, "sdpa": attention}
     if operator == "CrossAttention":
 
-        def heads(x: Any, keys: Any, values: Any, words: Any) -> Any:
-            wide = x[:, None].expand(-1, keys.shape[1], -1, -1)
+        def heads(x: Any, keys: Any, values: Any, words: Any, offset: Any) -> Any:
+            wide = x[:, None].expand(-1, keys.shape[2], -1, -1)
+            shift = offset.masked_fill(~words[:, None], -torch.inf)[:, :, None]
             return F.scaled_dot_product_attention(
-                wide, keys.mT, values, words[:, None, None], scale=1.0
+                wide, keys.permute(0, 2, 3, 1), values, shift, scale=1.0
             ).sum(1)
 
         chains["sdpa"] = heads

@@ -1,10 +1,10 @@
 """What TensorRT's own ``tensorrt.plugin`` makes of ``plugins/quick.py``, as JSON on stdout.
 
-    python declared.py '[{"B": 1, "N": 900, "C": 64, "T": 20}, ...]'
+    python declared.py '[{"B": 1, "N": 900, "C": 64, "T": 20, "H": 8, "D": 32}, ...]'
 
 Runs beside NVIDIA's bindings without a GPU. Registration, the reading of signatures, descriptors,
 the arithmetic on shapes and the plugin class are theirs. Ours are what only a builder has:
-expressions of dimensions, traced once with B, N, C and T open and evaluated for every case, and,
+expressions of dimensions, traced once with all lengths open and evaluated for every case, and,
 where the library behind the bindings is empty, the registry.
 """
 
@@ -110,7 +110,7 @@ def declared(name: str, kind: Any, cases: list[dict[str, int]], known: dict[str,
     def symbol(letter: str) -> Expression:
         if letter in known:
             return builder.constant(known[letter])
-        return expression(lambda x: x[letter])
+        return builder.constant(2) if letter == "2" else expression(lambda x: x[letter])
 
     given = [[symbol(letter) for letter in dims] for dims in one.inputs.values()]
     shapes = plugin.get_output_shapes(given, [], builder)
@@ -159,6 +159,13 @@ class Extra(list[Any]):
         self[:] = [None] * count
 
 
+def lengths_of(x: dict[str, int]) -> dict[str, int]:
+    """The letters that follow from B, N, C, T, H and D."""
+    t, padded = x["T"], -(-x["T"] // 32) * 32
+    moments = t + t * (t + 1) // 2
+    return {**x, "W": padded, "P": -(-x["N"] // 64), "M": moments, "Q": x["H"] * t, "1": 1, "2": 2}
+
+
 def main(cases: list[dict[str, int]]) -> None:
     if trt.get_plugin_registry() is None:
         registry = Registry()
@@ -166,17 +173,15 @@ def main(cases: list[dict[str, int]]) -> None:
     trt.DimsExprs = lambda count: [None] * count
     tensors.SymExprImpl = written
     quick.register(trt, 87)
-    cases = [{**x, "W": -(-x["T"] // 32) * 32, "P": -(-x["N"] // 64), "1": 1} for x in cases]
-    for case in cases:
-        case["M"] = case["T"] + case["T"] * (case["T"] + 1) // 2
+    cases = [lengths_of(x) for x in cases]
     kinds = (trt.float32, trt.float16, trt.bfloat16)
     found = {
         str(kind): {name: declared(name, kind, cases, {}) for name in quick.PASSES}
         for kind in kinds
     }
     # lengths that are known when an engine is built change nothing
-    some = {letter: cases[0][letter] for letter in "CTWM"}
-    few = [x for x in cases if x["C"] == some["C"] and x["T"] == some["T"]]
+    some = {letter: cases[0][letter] for letter in "CTHDWMQ"}
+    few = [x for x in cases if {**x, **some} == x]
     for name in quick.PASSES:
         closed = declared(name, trt.float16, few, some)["cases"]
         opened = found[str(trt.float16)][name]["cases"]

@@ -181,7 +181,8 @@ def make(operator: str, sizes: tuple[int, ...], seed: int = 0, padded: bool = Tr
 
     words = np.arange(t)[None] < (rng.integers(1, t + 1, (b, 1)) if padded else t)
     if operator == "CrossAttention":
-        return [normal(b, n, c), normal(b, h, c, t) / c**0.5, normal(b, h, t, d), words]
+        keys, values = normal(b, c, h, t) / c**0.5, normal(b, h, t, d)
+        return [normal(b, n, c), keys, values, words, normal(b, h, t)]
     if operator == "NormAttention":
         gate = [normal(c, c) / c**0.5 for _ in range(2)]
         return [normal(b, c, n), normal(b, t, c) / c**0.5, normal(b, c, t), words, *gate]

@@ -86,9 +86,8 @@ def test_padded_words_take_no_part(operator: str, dtype: str) -> None:
     feeds = make(operator, (2, 70, 40, 20, 2, 24))
     straight = emulate(operator, feeds, dtype)
     words = feeds[2] if operator == "MutualAttention" else feeds[3]
-    keys, values = (0, 1) if operator == "MutualAttention" else (1, 2)
-    axis = {"CrossAttention": (3, 2), "NormAttention": (1, 2), "MutualAttention": (2, 2)}[operator]
-    for which, t in ((keys, axis[0]), (values, axis[1])):
+    axes = {"CrossAttention": {1: 3, 2: 2, 4: 2}, "NormAttention": {1: 1, 2: 2}}
+    for which, t in axes.get(operator, {0: 2, 1: 2}).items():
         moved = np.moveaxis(feeds[which], t, 1)
         moved[~words] = 50.0
     for found, value in zip(emulate(operator, feeds, dtype), straight, strict=True):

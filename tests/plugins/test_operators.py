@@ -36,8 +36,9 @@ def inputs(operator: str, batch: int, pixels: int, words: int, heads: int, seed:
 
     valid = np.arange(words)[None] < rng.integers(1, words + 1, (batch, 1))
     if operator == "CrossAttention":
-        keys, values = normal(batch, heads, width, words), normal(batch, heads, words, out)
-        return {"x": normal(batch, pixels, width), "keys": keys, "values": values, "words": valid}
+        given = {"x": normal(batch, pixels, width), "keys": normal(batch, width, heads, words)}
+        given |= {"values": normal(batch, heads, words, out), "words": valid}
+        return given | {"offset": normal(batch, heads, words)}
     if operator == "NormAttention":
         given = {"query": normal(batch, width, pixels), "keys": normal(batch, words, width)}
         given |= {"values": normal(batch, width, words), "words": valid}
@@ -157,7 +158,7 @@ class AllOperators(torch.nn.Module):
         return tuple(out)
 
 
-COUNTS = {"CrossAttention": 4, "NormAttention": 6, "MutualAttention": 5}
+COUNTS = {"CrossAttention": 5, "NormAttention": 6, "MutualAttention": 5}
 
 
 def test_torch_exports_one_node_each() -> None:

@@ -20,11 +20,12 @@ import pytest
 from refedge.errors import EngineError
 from refedge.plugins import compile as compiling
 from refedge.plugins import native
-from refedge.plugins.quick import FLOAT32, PASSES, register
+from refedge.plugins.quick import CHAINS, FLOAT32, PASSES, register
 
 from .emulated import (
     BARS,
     GUARD,
+    OPERATORS,
     TYPES,
     Call,
     Feeds,
@@ -38,13 +39,13 @@ from .emulated import (
     wanted,
 )
 
-OPERANDS = ("query", "keys", "values", "words", "first", "second")
 KERNELS = {f"{one.kernel}_{dtype}" for one in PASSES.values() for dtype in TYPES}
 SIZES = [
-    {"B": b, "N": n, "C": c, "T": t}
+    {"B": b, "N": n, "C": c, "T": t, "H": h, "D": d}
     for b, n in ((1, 1), (3, 64), (16, 900), (1, 8192), (2, 8193), (1, 14400), (1, 65535 * 64))
-    for c, t in ((1, 1), (64, 20), (320, 32), (1000, 33), (1024, 128))
-]
+    for c, t, h, d in ((1, 1, 1, 1), (64, 20, 8, 32), (320, 32, 2, 65), (1024, 128, 1024, 1024),
+                       (1000, 33, 5, 512))
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("sm", [75, 80, 87, 120])
@@ -93,39 +94,45 @@ def test_a_tensorrt_without_such_plugins_is_refused() -> None:
 
 
 def shapes_of(one: Any, x: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    known = {**x, "W": -(-x["T"] // 32) * 32, "P": -(-x["N"] // 64), "1": 1}
-    known["M"] = x["T"] + x["T"] * (x["T"] + 1) // 2
+    known = {**x, "W": -(-x["T"] // 32) * 32, "P": -(-x["N"] // 64), "1": 1, "2": 2}
+    known |= {"M": x["T"] + x["T"] * (x["T"] + 1) // 2, "Q": x["H"] * x["T"]}
     return {n: tuple(known[letter] for letter in dims) for n, dims in one.inputs.items()}
 
 
-def planned(x: dict[str, int], dtype: str) -> list[tuple[list[int], int]]:
+def planned(operator: str, x: dict[str, int], dtype: str) -> list[tuple[list[int], int]]:
     """Grids and shared memory that ``kernels/call.h`` decides."""
-    sizes = {"batch": x["B"], "pixels": x["N"], "channels": x["C"], "words": x["T"]}
-    call, plan = Call(**sizes, heads=1, width=1), Plan()
-    which = 1, TYPES.index(dtype)
-    assert library().refedge_plan(*which, ctypes.byref(call), ctypes.byref(plan)) == len(PASSES)
+    sizes = {"batch": x["B"], "pixels": x["N"], "words": x["T"], "channels": x["C"]}
+    plan, heads = Plan(), operator != "NormAttention"
+    call = Call(**sizes, heads=x["H"] if heads else 1, width=x["D"] if heads else 1)
+    which = OPERATORS.index(operator), TYPES.index(dtype)
+    count = library().refedge_plan(*which, ctypes.byref(call), ctypes.byref(plan))
+    assert count == len(CHAINS[operator].passes)
     assert call.chunks <= -(-x["N"] // 64), "a record of moments for every chunk"
-    return [(list(launch.grid), launch.shared) for launch in plan.launch]
+    return [(list(launch.grid), launch.shared) for launch in plan.launch[:count]]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_launches_are_those_of_the_library(dtype: str) -> None:
+@pytest.mark.parametrize("operator", list(CHAINS))
+def test_launches_are_those_of_the_library(operator: str, dtype: str) -> None:
     for x in SIZES:
         found = []
-        for one in PASSES.values():
+        for one in CHAINS[operator].passes.values():
             lengths = one.lengths(shapes_of(one, x))
             grid, shared = one.launch(lengths, 4 if dtype == "float32" else 2)
             found.append((list(grid), shared))
-        assert found == planned(x, dtype), x
+        assert found == planned(operator, x, dtype), x
 
 
-def run(feeds: Feeds, dtype: str, *, order: int = 0, shift: int = 0) -> dict[str, np.ndarray]:
+def run(
+    operator: str, feeds: Feeds, dtype: str, *, order: int = 0, shift: int = 0
+) -> list[np.ndarray]:
     """The chain on this machine; every output starts as NaN and has guards around it."""
     kind = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+    chain = CHAINS[operator]
     given = [v if v.dtype == bool else to_bits(v, dtype) for v in feeds]
-    tensors = {n: offset(v, shift) for n, v in zip(OPERANDS, given, strict=True)}
+    tensors = {n: offset(v, shift) for n, v in zip(chain.inputs, given, strict=True)}
     tensors["epsilon"] = np.float32([1e-5])
-    for one in PASSES.values():
+    for one in chain.passes.values():
         lengths = one.lengths({name: tensors[name].shape for name in one.inputs})
         grid, shared = one.launch(lengths, kind.itemsize)
         arguments: list[Any] = [ctypes.c_void_p(tensors[n].ctypes.data) for n in one.inputs]
@@ -146,23 +153,27 @@ def run(feeds: Feeds, dtype: str, *, order: int = 0, shift: int = 0) -> dict[str
             raw, edge = room.view(np.uint8), GUARD * room.itemsize
             assert (raw[:edge] == 0xFF).all(), name
             assert (raw[-edge:] == 0xFF).all(), name
-    return tensors
+    return [from_bits(tensors[name]) for name in chain.outputs]
 
 
-CASES = [(2, 100, 40, 20), (1, 3, 33, 1), (2, 65, 96, 32), (1, 9, 36, 33), (1, 9, 36, 128)]
+CASES = [
+    (2, 100, 40, 20, 2, 24),
+    (1, 3, 33, 1, 1, 33),
+    (2, 65, 96, 32, 1, 72),
+    (1, 9, 36, 128, 1, 16),
+]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("operator", list(CHAINS))
 @pytest.mark.parametrize("sizes", CASES)
-def test_the_chain_computes_the_operator(sizes: tuple[int, ...], dtype: str) -> None:
+def test_the_chain_computes_the_operator(operator: str, sizes: tuple[int, ...], dtype: str) -> None:
     """Against float64, and to the bit what the library's kernels give."""
-    feeds = make("NormAttention", (*sizes, 1, 1))
-    tensors = run(feeds, dtype)
-    found = [from_bits(tensors[name]) for name in ("y", "relevance")]
+    feeds = make(operator, sizes)
     for one, value, bits in zip(
-        found,
-        wanted("NormAttention", feeds, dtype),
-        emulate("NormAttention", feeds, dtype),
+        run(operator, feeds, dtype),
+        wanted(operator, feeds, dtype),
+        emulate(operator, feeds, dtype),
         strict=True,
     ):
         assert np.isfinite(one).all()
@@ -174,16 +185,17 @@ def test_the_chain_computes_the_operator(sizes: tuple[int, ...], dtype: str) -> 
 def test_moments_of_several_tiles_meet() -> None:
     feeds = make("NormAttention", (1, 64 * 130 + 5, 8, 3, 1, 1))
     value = wanted("NormAttention", feeds, "float32")[0]
-    found = run(feeds, "float32")["y"]
+    found = run("NormAttention", feeds, "float32")[0]
     assert np.linalg.norm(found - value) <= BARS["float32"] * np.linalg.norm(value)
 
 
 @pytest.mark.parametrize("options", [{"shift": 1}, {"order": 1}, {"order": 2}])
-def test_alignment_and_order_change_nothing(options: dict[str, int]) -> None:
-    feeds = make("NormAttention", (2, 72, 40, 8, 1, 1))
-    straight, found = run(feeds, "float16"), run(feeds, "float16", **options)
-    for name in ("y", "relevance"):
-        np.testing.assert_array_equal(found[name], straight[name])
+@pytest.mark.parametrize("operator", list(CHAINS))
+def test_alignment_and_order_change_nothing(operator: str, options: dict[str, int]) -> None:
+    feeds = make(operator, (2, 72, 40, 8, 2, 24))
+    straight, found = run(operator, feeds, "float16"), run(operator, feeds, "float16", **options)
+    for one, other in zip(found, straight, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 BINDINGS = os.environ.get("REFEDGE_TENSORRT_BINDINGS", "")
@@ -238,18 +250,18 @@ def test_tensorrt_s_own_code_takes_the_plugins(version: str, tmp_path: Path) -> 
     names = {"DataType.FLOAT": "float32", "DataType.HALF": "float16", "DataType.BF16": "bfloat16"}
     assert set(answer["declared"]) == set(names)
     for kind, dtype in names.items():
-        launches: list[list[Any]] = [planned(x, dtype) for x in SIZES]
-        for i, (name, one) in enumerate(PASSES.items()):
-            said = answer["declared"][kind][name]
-            assert said["kernel"] == f"{one.kernel}_{dtype}"
-            assert said["code"] == hashlib.sha256(code[said["kernel"]].encode()).hexdigest()
-            assert said["types"] == [
-                "DataType.FLOAT" if t in FLOAT32 else kind for t in one.outputs
-            ]
-            for x, plans, case in zip(SIZES, launches, said["cases"], strict=True):
-                assert (case["grid"], case["shared"]) == plans[i]
-                assert case["block"] == [256, 1, 1]
-                lengths = one.lengths(shapes_of(one, x))
-                assert case["integers"] == [lengths[letter] for letter in one.integers]
-                made = [[lengths[letter] for letter in dims] for dims in one.outputs.values()]
-                assert case["shapes"] == made
+        for operator, chain in CHAINS.items():
+            launches = [planned(operator, x, dtype) for x in SIZES]
+            for i, (name, one) in enumerate(chain.passes.items()):
+                said = answer["declared"][kind][name]
+                assert said["kernel"] == f"{one.kernel}_{dtype}"
+                assert said["code"] == hashlib.sha256(code[said["kernel"]].encode()).hexdigest()
+                types = ["DataType.FLOAT" if tensor in FLOAT32 else kind for tensor in one.outputs]
+                assert said["types"] == types
+                for x, plans, case in zip(SIZES, launches, said["cases"], strict=True):
+                    assert (case["grid"], case["shared"]) == plans[i]
+                    assert case["block"] == [256, 1, 1]
+                    lengths = one.lengths(shapes_of(one, x))
+                    assert case["integers"] == [lengths[letter] for letter in one.integers]
+                    made = [[lengths[letter] for letter in dims] for dims in one.outputs.values()]
+                    assert case["shapes"] == made

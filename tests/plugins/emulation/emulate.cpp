@@ -229,12 +229,15 @@ static void unpacked(void (*kernel)(A...), void** given, std::index_sequence<I..
 template <class... A> static void call(void (*kernel)(A...), void** given) {
   unpacked(kernel, given, std::index_sequence_for<A...>());
 }
-#define REFEDGE_ENTRY(name) {#name, [](void** given) { call(name, given); }}
+#define REFEDGE_ENTRY(name) {#name, [](void** given) { call(refedge::name, given); }}
 #define REFEDGE_ENTRIES(name) \
   REFEDGE_ENTRY(name##_float32), REFEDGE_ENTRY(name##_float16), REFEDGE_ENTRY(name##_bfloat16)
 static std::map<std::string, void (*)(void**)> const quick = {
-    REFEDGE_ENTRIES(quick_scores), REFEDGE_ENTRIES(quick_columns), REFEDGE_ENTRIES(quick_thin),
-    REFEDGE_ENTRIES(quick_output)};
+    REFEDGE_ENTRIES(quick_cross_weights), REFEDGE_ENTRIES(quick_cross_output),
+    REFEDGE_ENTRIES(quick_norm_scores), REFEDGE_ENTRIES(quick_norm_columns),
+    REFEDGE_ENTRIES(quick_norm_thin), REFEDGE_ENTRIES(quick_norm_output),
+    REFEDGE_ENTRIES(quick_mutual_seen), REFEDGE_ENTRIES(quick_mutual_pairs),
+    REFEDGE_ENTRIES(quick_mutual_product)};
 
 extern "C" {
 // Bytes of workspace, or -1 if the operator does not take the call.
