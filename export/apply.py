@@ -45,11 +45,11 @@ def apply_plan(path: Path, plan: Plan, dialects: Sequence[str] = ("ort",)) -> Ma
 
 def _add_dialect(writer: BundleWriter, bundle: Bundle, plan: Plan, name: str) -> DialectSpec:
     """Write one dialect of the plan: a graph, its weights and perhaps a sidecar per part."""
-    graphs, files = {}, []
+    graphs, files, fused = {}, [], []
     for part, source in bundle.manifest.canonical.graphs.items():
         part_plan = require_graph(plan, part, bundle.file(source).read_bytes())
         model = onnx.load(bundle.file(source))
-        written, sidecar = write_dialect(model, name, plan, part_plan)
+        written, sidecar, fusions = write_dialect(model, name, plan, part_plan)
         require_target(written, name)
         weights, content = split_weights(written)
         writer.add(f"graphs/{weights}", content)
@@ -59,4 +59,5 @@ def _add_dialect(writer: BundleWriter, bundle: Bundle, plan: Plan, name: str) ->
         if sidecar:
             files.append(f"{graphs[part]}.layers.json")
             writer.add(files[-1], sidecar)
-    return DialectSpec(name, plan.name, graphs, tuple(files))
+        fused += [f.record() for f in fusions]
+    return DialectSpec(name, plan.name, graphs, tuple(files), tuple(fused))

@@ -7,7 +7,7 @@ ort-u8u8  the same with uint8 weights, for processors whose u8 x s8 kernels satu
 trt10     TensorRT 10.3 to 11.4, strongly typed: int8 with zero-point 0, fp16 or fp32 rest.
 trt8      TensorRT 8.6: made from the fp32 graph, opset 17, Gelu in pieces, fp32 scales; a sidecar
           names the layers that the builder must keep in float32.
-trt10-plugin, trt8-plugin: the same where a block of attention to words is one node that the
+trt10-plugin, trt8-plugin: the same where attention to words is one node that the
           TensorRT plugin computes; integers stop at its border.
 trt10-quick: the same for 10.9 and later, with a node for each pass of the block: TensorRT's
           ahead-of-time plugins, for which nothing is compiled on the board.
@@ -25,7 +25,7 @@ import onnx
 
 from ..errors import ExportError
 from ..runtime.plan import PartPlan, Plan
-from .fuse import fuse
+from .fuse import Fusion, fuse
 from .half import store_half, to_half
 from .lower import to_opset_17
 from .ort import for_ort
@@ -61,13 +61,14 @@ def mark(model: onnx.ModelProto, dialect: str, plan: str) -> onnx.ModelProto:
 
 def write_dialect(
     model: onnx.ModelProto, dialect: str, plan: Plan, part: PartPlan
-) -> tuple[onnx.ModelProto, bytes]:
-    """The graph of a part in a dialect, and its sidecar (empty where it has none)."""
+) -> tuple[onnx.ModelProto, bytes, list[Fusion]]:
+    """The graph of a part in a dialect, its sidecar (empty where it has none), what was fused."""
     ort, family = dialect.startswith("ort"), WITH_PLUGIN.get(dialect, dialect)
+    fusions: list[Fusion] = []
     if dialect in WITH_PLUGIN:
         fused = onnx.ModelProto()
         fused.CopyFrom(model)
-        fuse(fused)
+        fusions = fuse(fused)
         model = fused
     out = write_qdq(model, part, unsigned=ort, stored=ort, unsigned_weights=dialect == "ort-u8u8")
     sidecar = b""
@@ -81,4 +82,4 @@ def write_dialect(
         out = store_half(out)
     if dialect == "trt10-quick":
         split_passes(out)
-    return mark(for_ort(out) if ort else out, dialect, plan.name), sidecar
+    return mark(for_ort(out) if ort else out, dialect, plan.name), sidecar, fusions

@@ -17,7 +17,7 @@ _LARGEST = 65504.0
 # operators whose float inputs are not data: sizes and regions of interest stay float32
 _FLOAT_SETTINGS = {"Resize": (1, 2)}
 # outputs that are float32 whatever the operator computes in
-_FLOAT_OUTPUTS = {"NormAttention_float32": (1,)}
+_FLOAT_OUTPUTS = {"NormAttention_float32": (1,), "MutualAttention_float32": (1,)}
 
 
 def store_half(model: onnx.ModelProto) -> onnx.ModelProto:

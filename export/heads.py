@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx
 
 from .graph import GraphIndex, attribute
-from .rewrite import add, declare, node_of, only, replace, rewrite
+from .rewrite import add, declare, maker_of, node_of, only, reader_of, replace, rewrite
 from .words import CALL, DENSE, PASS, STATISTICS, THIN, Fold, recognise
 
 Doubles = npt.NDArray[np.float64]
@@ -99,7 +99,7 @@ def fold_heads(
     done: list[Fold] = []
     chosen: list[_Found] = []
     for softmax in index.nodes:
-        shape = _over_words(index, softmax)
+        shape = over_words(index, softmax)
         if shape is None or softmax.output[0] in normed:
             continue
         found = _recognise(index, softmax, shape)
@@ -121,7 +121,7 @@ def fold_heads(
     return done
 
 
-def _over_words(index: GraphIndex, softmax: onnx.NodeProto) -> Heads | None:
+def over_words(index: GraphIndex, softmax: onnx.NodeProto) -> Heads | None:
     """The shapes of a softmax over masked words, whose rows are no words themselves."""
     where = index.maker.get(softmax.input[0]) if softmax.op_type == "Softmax" else None
     if where is None or where.op_type != "Where" or where.input[2] not in index.tensors:
@@ -143,29 +143,31 @@ def _recognise(index: GraphIndex, softmax: onnx.NodeProto, shape: Heads) -> _Fou
     if scores is None or scores.op_type != "MatMul":
         return "no product makes its scores"
     if not only(index, scores.output[0]) or not only(index, where.output[0]):
-        return "its scores serve something else too"
-    mixed = _reader(index, softmax.output[0], "MatMul")
+        kinds = [n.op_type for n in index.readers[scores.output[0]]]
+        other = "a softmax over pixels" if "Softmax" in kinds else "something else"
+        return f"its scores serve {other} too"
+    mixed = reader_of(index, softmax.output[0], "MatMul")
     sizes = index.shape(softmax.output[0])
     if mixed is None or mixed.input[0] != softmax.output[0] or sizes is None or len(sizes) != 4:
         return "its weights serve something else too"
     if index.shape(where.input[0]) != (1, 1, 1, shape.words):
         return "its mask differs between heads or pixels"
-    turn = _maker(index, scores.input[0], "Transpose")
-    split = _maker(index, turn.input[0], "Reshape") if turn else None
+    turn = maker_of(index, scores.input[0], "Transpose")
+    split = maker_of(index, turn.input[0], "Reshape") if turn else None
     entered = index.maker.get(split.input[0]) if split and only(index, split.input[0]) else None
     if turn is None or split is None or entered is None or not _swaps(turn):
         return "no linear map of its pixels is in this part"
     bias, query, between = "", entered, [turn, split]
     if entered.op_type == "Add":
         bias, name = _constant_first(index, entered)
-        maker = _maker(index, name, "MatMul") if bias else None
+        maker = maker_of(index, name, "MatMul") if bias else None
         if maker is None:
             return "no linear map of its pixels is in this part"
         query = maker
         between.append(entered)
-    back = _reader(index, mixed.output[0], "Transpose")
-    join = _reader(index, back.output[0], "Reshape") if back and _swaps(back) else None
-    out = _reader(index, join.output[0], "MatMul") if join else None
+    back = reader_of(index, mixed.output[0], "Transpose")
+    join = reader_of(index, back.output[0], "Reshape") if back and _swaps(back) else None
+    out = reader_of(index, join.output[0], "MatMul") if join else None
     if back is None or join is None or out is None:
         return "no linear map follows it"
     weights = [_matrix(index, n) for n in (query, out)]
@@ -177,18 +179,6 @@ def _recognise(index: GraphIndex, softmax: onnx.NodeProto, shape: Heads) -> _Fou
     block = Heads(shape.pixels, shape.words, sizes[1], channels, inner, weights[1].shape[1])
     between += [back, join]
     return _Found(block, softmax, where, scores, mixed, query, bias, out, between)
-
-
-def _maker(index: GraphIndex, name: str, kind: str) -> onnx.NodeProto | None:
-    """What makes a tensor for one reader alone, if it is of a kind."""
-    node = index.maker.get(name)
-    return node if node is not None and node.op_type == kind and only(index, name) else None
-
-
-def _reader(index: GraphIndex, name: str, kind: str) -> onnx.NodeProto | None:
-    """The only reader of a tensor, if it is of a kind."""
-    node = index.readers[name][0] if only(index, name) else None
-    return node if node is not None and node.op_type == kind else None
 
 
 def _swaps(node: onnx.NodeProto) -> bool:

@@ -54,6 +54,18 @@ def only(index: GraphIndex, name: str) -> bool:
     return len(index.readers[name]) == 1 and name not in index.outputs
 
 
+def maker_of(index: GraphIndex, name: str, kind: str) -> onnx.NodeProto | None:
+    """What makes a tensor for one reader alone, if it is of a kind."""
+    node = index.maker.get(name)
+    return node if node is not None and node.op_type == kind and only(index, name) else None
+
+
+def reader_of(index: GraphIndex, name: str, kind: str) -> onnx.NodeProto | None:
+    """The only reader of a tensor, if it is of a kind."""
+    node = index.readers[name][0] if only(index, name) else None
+    return node if node is not None and node.op_type == kind else None
+
+
 def add(index: GraphIndex, name: str, value: npt.NDArray[np.generic]) -> str:
     """A new initializer."""
     index.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))

@@ -41,8 +41,9 @@ class Target:
 
 
 _FUSED = {
-    "NormAttention_float32": frozenset({TensorProto.FLOAT}),
-    "NormAttention_float16": frozenset({TensorProto.FLOAT16}),
+    f"{operator}_{name}": frozenset({kind})
+    for operator in ("CrossAttention", "NormAttention", "MutualAttention")
+    for name, kind in (("float32", TensorProto.FLOAT), ("float16", TensorProto.FLOAT16))
 }
 _PASSES = {name: frozenset({TensorProto.FLOAT, TensorProto.FLOAT16}) for name in PASSES}
 _UNSIGNED = (TensorProto.UINT8, 128)

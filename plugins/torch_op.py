@@ -21,7 +21,8 @@ def cross_attention(
     x: Tensor, keys: Tensor, values: Tensor, words: Tensor, offset: Tensor
 ) -> Tensor:
     """As ``reference.cross_attention``, in the dtype of x; the softmax in float32."""
-    scores = (x @ keys.flatten(2)).float().unflatten(2, offset.shape[1:]) + offset.float()[:, None]
+    scores = (x @ keys.flatten(2)).float().reshape(*x.shape[:2], *keys.shape[2:])
+    scores = scores + offset.float()[:, None]
     weights = torch.softmax(torch.where(words[:, None, None], scores, _MASKED), dim=3)
     return weights.to(x.dtype).flatten(2) @ values.flatten(1, 2)
 

@@ -98,12 +98,14 @@ class DialectSpec:
     """The graphs of one precision plan for one family of runtimes.
 
     graphs: part name to file; files: everything else that loading them takes (weights, sidecars).
+    fused: in a dialect with the plugin, the operator of every attention to words, or why none.
     """
 
     name: str
     plan: str
     graphs: dict[str, str]
     files: tuple[str, ...] = ()
+    fused: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

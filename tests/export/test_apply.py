@@ -60,6 +60,17 @@ def test_a_plan_and_its_dialects(own_bundle: Path) -> None:
         onnx.checker.check_model(str(own_bundle / file), full_check=True)
 
 
+def test_the_manifest_says_what_was_fused(own_bundle: Path) -> None:
+    manifest = apply_plan(own_bundle, plan_for(own_bundle), ("trt10", "trt10-plugin"))
+    assert open_bundle(own_bundle).manifest.dialects == manifest.dialects
+    plain, plugin = manifest.dialects[1:]
+    assert plain.fused == ()
+    assert len(plugin.fused) == len(manifest.folding)
+    assert {(f["operator"], f["why"]) for f in plugin.fused} == {("NormAttention", "")}
+    graph = onnx.load(own_bundle / plugin.graphs["mask"], load_external_data=False)
+    assert {f["node"] for f in plugin.fused} == {n.name for n in graph.graph.node if n.domain}
+
+
 def test_a_plan_of_the_same_name_is_replaced(own_bundle: Path) -> None:
     plan = plan_for(own_bundle)
     apply_plan(own_bundle, plan_for(own_bundle, "kept"), ("ort",))

@@ -116,7 +116,7 @@ def test_without_stored_tensors_every_dialect_is_the_same(quantized: Path, plan:
     given = batch(quantized)
     found = {}
     for dialect in DIALECTS:
-        written, _ = write_dialect(model, dialect, made, part)
+        written, *_ = write_dialect(model, dialect, made, part)
         taken = {i.name: given[i.name] for i in written.graph.input}
         found[dialect] = run(written, taken)["logits"]
     for dialect in ("ort-u8u8", "trt10"):
@@ -210,6 +210,6 @@ def test_the_source_is_not_changed(quantized: Path) -> None:
     made, model = read(quantized, "int8")
     before = model.SerializeToString()
     for dialect in DIALECTS:
-        written, _ = write_dialect(model, dialect, replace(made, rest="fp16"), made.parts["mask"])
+        written, *_ = write_dialect(model, dialect, replace(made, rest="fp16"), made.parts["mask"])
         assert "QuantizeLinear" in operators(written)
     assert model.SerializeToString() == before

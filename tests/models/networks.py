@@ -8,13 +8,15 @@ import onnx
 import onnxruntime
 import torch
 from refedge.calibration.placement import is_high
-from refedge.export.dialects import write_dialect
+from refedge.export.dialects import WITH_PLUGIN, write_dialect
 from refedge.export.from_torch import to_onnx
+from refedge.export.fuse import fuse
 from refedge.export.lint import require_clean
 from refedge.export.parity import Agreement, compare
 from refedge.export.targets import require_target
 from refedge.models.examples import host_inputs, steps
 from refedge.models.parts import HOST, Network, Part
+from refedge.plugins.onnx_function import attach
 from refedge.runtime.plan import PartPlan, Plan
 from torch import Tensor
 
@@ -35,7 +37,10 @@ def taken_by(part: Part, batch: int, seed: int) -> tuple[Tensor, ...]:
 def graphs_of(
     model: Network, only: Collection[str] = ()
 ) -> dict[str, onnxruntime.InferenceSession]:
-    """A session per part (or some of them), of the linted canonical graph as it is written."""
+    """A session per part (or some of them), of the linted canonical graph as it is written.
+
+    Where attention to words can be one node, a session of that with its functions: ``mask fused``.
+    """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
@@ -47,6 +52,9 @@ def graphs_of(
         require_clean(graph)
         require_fit(graph, model.high)
         found[part.name] = onnxruntime.InferenceSession(graph.SerializeToString(), options)
+        if part.name == "mask" and any(f.operator for f in fuse(graph)):
+            whole = attach(graph).SerializeToString()
+            found["mask fused"] = onnxruntime.InferenceSession(whole, options)
     return found
 
 
@@ -54,9 +62,9 @@ def require_fit(graph: onnx.ModelProto, high: tuple[str, ...]) -> None:
     """TensorRT's parsers, 8.6 and 10 to 11, take all of its operators, in the types they have."""
     names = tuple(node.name for node in graph.graph.node if is_high(node, high))
     for rest in ("fp32", "fp16"):
-        for dialect in ("trt10", "trt8"):
+        for dialect in ("trt10", "trt8", *WITH_PLUGIN):
             plan = PartPlan("", high=names)
-            written, _ = write_dialect(graph, dialect, Plan("fp16", rest, {}), plan)
+            written, *_ = write_dialect(graph, dialect, Plan("fp16", rest, {}), plan)
             require_target(written, dialect)
 
 
@@ -65,9 +73,9 @@ def compare_parts(
 ) -> dict[str, Agreement]:
     """How far each given part's graph is from torch, on what torch gave the part."""
     found = {}
-    for name, (taken, given) in steps(model, host_inputs(model, batch, seed)).items():
-        if name not in graphs:
-            continue
+    done = steps(model, host_inputs(model, batch, seed))
+    for name in graphs:
+        taken, given = done[name.removesuffix(" fused")]
         fed = {n: t.contiguous().numpy() for n, t in taken.items()}
         outputs = graphs[name].run(list(given), fed)
         wanted = {n: t.contiguous().numpy() for n, t in given.items()}

@@ -40,6 +40,7 @@ def test_parts_promise_what_they_do(name: str) -> None:
 def test_graphs_compute_what_torch_computes(name: str) -> None:
     model = tiny(name)
     graphs = graphs_of(model)
+    assert ("mask fused" in graphs) == (name in ("cm_masksd", "lts", "m3att"))
     for batch in (1, 4):
         for part, agreement in compare_parts(model, graphs, batch).items():
             # float32 rounding through a few dozen layers; the bar of an export is 1e-3

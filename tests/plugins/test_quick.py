@@ -24,7 +24,6 @@ from refedge.plugins.quick import CHAINS, FLOAT32, PASSES, register
 
 from .emulated import (
     BARS,
-    GUARD,
     OPERATORS,
     TYPES,
     Call,
@@ -35,6 +34,7 @@ from .emulated import (
     library,
     make,
     offset,
+    run_pass,
     to_bits,
     wanted,
 )
@@ -126,33 +126,13 @@ def test_launches_are_those_of_the_library(operator: str, dtype: str) -> None:
 def run(
     operator: str, feeds: Feeds, dtype: str, *, order: int = 0, shift: int = 0
 ) -> list[np.ndarray]:
-    """The chain on this machine; every output starts as NaN and has guards around it."""
-    kind = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+    """The chain on this machine."""
     chain = CHAINS[operator]
     given = [v if v.dtype == bool else to_bits(v, dtype) for v in feeds]
     tensors = {n: offset(v, shift) for n, v in zip(chain.inputs, given, strict=True)}
     tensors["epsilon"] = np.float32([1e-5])
     for one in chain.passes.values():
-        lengths = one.lengths({name: tensors[name].shape for name in one.inputs})
-        grid, shared = one.launch(lengths, kind.itemsize)
-        arguments: list[Any] = [ctypes.c_void_p(tensors[n].ctypes.data) for n in one.inputs]
-        arguments += [ctypes.c_int(lengths[letter]) for letter in one.integers]
-        rooms = {}
-        for name, letters in one.outputs.items():
-            made = np.dtype(np.float32) if name in FLOAT32 else kind
-            shape = tuple(lengths[letter] for letter in letters)
-            blank = np.full((int(np.prod(shape)) + 2 * GUARD) * made.itemsize, 0xFF, np.uint8)
-            rooms[name] = offset(blank.view(made), shift)
-            tensors[name] = rooms[name][GUARD:-GUARD].reshape(shape)
-            arguments.append(ctypes.c_void_p(tensors[name].ctypes.data))
-        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        entry = f"{one.kernel}_{dtype}".encode()
-        size = (ctypes.c_int * 3)(*grid)
-        assert library().refedge_quick(entry, pointers, size, shared, order) == 0
-        for name, room in rooms.items():
-            raw, edge = room.view(np.uint8), GUARD * room.itemsize
-            assert (raw[:edge] == 0xFF).all(), name
-            assert (raw[-edge:] == 0xFF).all(), name
+        tensors |= run_pass(one, tensors, dtype, order=order, shift=shift)
     return [from_bits(tensors[name]) for name in chain.outputs]
 
 
