@@ -85,9 +85,11 @@ cubins: .mypath/refedge
 	PYTHONPATH=.mypath .cache/cuda/bin/python -m refedge.plugins.compile
 
 # the plugin library against the headers of each generation of TensorRT, and in the registry of its
-# lean runtime; needs g++, git and a clone of NVIDIA's TensorRT repository (TENSORRT_REPO)
+# lean runtime; the ahead-of-time plugins in its Python bindings; needs g++, git and a clone of
+# NVIDIA's TensorRT repository (TENSORRT_REPO)
 TENSORRT_REPO ?= https://github.com/NVIDIA/TensorRT.git
 TENSORRT_TAGS := v8.6.1 v10.0.0 v10.3.0 v10.13.0 v11.1
+BINDINGS := 10.9=cu12-bindings==10.9.0.34 10.13=cu12-bindings==10.13.3.9 11.4=cu13-bindings==11.4.0.106
 plugins: $(VENV)/.installed
 	mkdir -p .cache/tensorrt
 	test -d .cache/tensorrt/repo || \
@@ -96,7 +98,10 @@ plugins: $(VENV)/.installed
 	  git -C .cache/tensorrt/repo archive $$tag include | tar x -C .cache/tensorrt/$$tag || exit 1; done
 	$(PYTHON) -m venv .cache/lean
 	.cache/lean/bin/python -m pip install -q --no-compile --no-deps "tensorrt-lean-cu13-libs==11.4.0.106"
+	for b in $(BINDINGS); do $(PIP) --no-deps --upgrade --target .cache/bindings/$${b%%=*} \
+	  "tensorrt-$${b#*=}" || exit 1; done
 	REFEDGE_TENSORRT_HEADERS=$(CURDIR)/.cache/tensorrt \
+	  REFEDGE_TENSORRT_BINDINGS=$(CURDIR)/.cache/bindings \
 	  REFEDGE_TENSORRT_LEAN=$$(find $(CURDIR)/.cache/lean -name 'libnvinfer_lean.so.11') \
 	  $(BIN)/python -m pytest -rs tests/plugins
 

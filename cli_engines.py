@@ -21,6 +21,7 @@ from .errors import InputError
 @click.option("--level", type=click.IntRange(0, 5), help="Builder optimisation level.")
 @click.option("--batches", type=click.Path(path_type=Path), help="JSON of the batches seen.")
 @click.option("--plugin", "plugins", multiple=True, type=click.Path(path_type=Path))
+@click.option("--quick", is_flag=True, help="Ahead-of-time plugins; TensorRT 10.9 and later.")
 @click.option("--hardware", type=click.Choice(["ampere+", "same-cc"]), help="Run on other GPUs.")
 @click.option("--versions", is_flag=True, help="Run on later TensorRT of this major version.")
 @click.option("--refit", is_flag=True, help="Weights can be replaced.")
@@ -35,6 +36,7 @@ def build(
     level: int | None,
     batches: Path | None,
     plugins: tuple[Path, ...],
+    quick: bool,
     hardware: str | None,
     versions: bool,
     refit: bool,
@@ -45,7 +47,7 @@ def build(
     """Build TensorRT engines of a plan of BUNDLE, here, for here; run again to go on."""
     from .engines.part import Options
 
-    options = Options(workspace, level, hardware, versions, refit, strip)
+    options = Options(workspace, level, hardware, versions, refit, strip, quick)
     if print_trtexec:
         from .engines.trtexec import trtexec_lines
 

@@ -70,8 +70,9 @@ def build(
             why=f"it is {here.name}",
             fix="build on that machine; only there its engines can be made",
         )
-    source = source_of(bundle, plan, dialect_of(trt.__version__), fused=bool(plugins))
     options = options or Options()
+    fused = "quick" if options.quick else "plugin" if plugins else ""
+    source = source_of(bundle, plan, dialect_of(trt.__version__), fused=fused)
     root = bundle.path / FOLDER / here.name
     folder = root / plan
     _make(folder)
@@ -106,6 +107,7 @@ def build(
                 source.pinned(part.name),
                 shapes_of(bundle.manifest, part, profile, batches),
                 {str(folder / name): sha256 for name, sha256 in record.plugins.items()},
+                here.sm,
                 options,
                 "" if done is None else str(folder / done.file),
             )

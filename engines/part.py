@@ -42,6 +42,7 @@ class Options:
     hardware:  ``ampere+`` or ``same-cc``: run on other GPUs too.
     versions:  run on later TensorRT of the same major version too.
     refit, strip: weights can be replaced; weights are left out.
+    quick:     ahead-of-time plugins for the nodes of the dialect ``trt10-quick``.
     """
 
     workspace: int | None = None
@@ -50,6 +51,7 @@ class Options:
     versions: bool = False
     refit: bool = False
     strip: bool = False
+    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class PartTask:
     shapes: input to its least, usual and largest shape; inputs of one shape are not there.
     plugins: libraries to load first: path to SHA-256.
     stripped: an engine of this graph without weights, which is filled in place of a build; or ''.
+    sm: compute capability times ten of the GPU that builds.
     """
 
     part: str
@@ -73,6 +76,7 @@ class PartTask:
     pinned: tuple[str, ...]
     shapes: Shapes
     plugins: dict[str, str] = field(default_factory=dict)
+    sm: int = 0
     options: Options = field(default_factory=Options)
     stripped: str = ""
 
@@ -91,6 +95,10 @@ def build_part(trt: Any, task: PartTask, say: Say) -> PartResult:
     """Build or fill, write the engine, ask the inspector; raises EngineError."""
     logger = new_log(trt)
     load_plugins(trt, logger, task.plugins)
+    if task.options.quick:
+        from ..plugins.quick import register
+
+        register(trt, task.sm)
     if task.stripped:
         data = filled(
             trt,

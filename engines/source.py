@@ -47,16 +47,16 @@ class Source:
         return Wanted(frozenset(self.int8(part)), frozenset(high), self.rest, typed)
 
 
-def source_of(bundle: Bundle, plan: str, dialect: str, *, fused: bool = False) -> Source:
+def source_of(bundle: Bundle, plan: str, dialect: str, *, fused: str = "") -> Source:
     """Graphs for a TensorRT; raises BundleError ``plan-missing`` with the command that mends it.
 
     fp32 needs no dialect of its own: strongly typed TensorRT reads the canonical graphs, and 8.6
-    those of the fp16 plan (``Bundle.dialect``). fused: graphs whose blocks are one node for the
-    plugin, where the bundle has them.
+    those of the fp16 plan (``Bundle.dialect``). fused: ``plugin`` or ``quick``, for graphs with
+    nodes for such plugins, where the bundle has them.
     """
     manifest = bundle.manifest
     names = ["canonical"] if (dialect, plan) == ("trt10", "fp32") else [dialect]
-    names = [f"{dialect}-plugin", *names] if fused else names
+    names = [f"{dialect}-{fused}", *names] if fused else names
     try:
         found = bundle.dialect(names, plan)
     except BundleError as error:

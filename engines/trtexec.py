@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import EngineError
 from ..runtime.bundle import open_bundle
 from ..runtime.engine import FOLDER
 from .part import Options
@@ -26,8 +27,16 @@ def trtexec_lines(
     batches: Path | None = None,
 ) -> list[str]:
     """A line per part; ``version`` is TensorRT's, ``10.3``. Paths are the bundle's."""
+    options = options or Options()
+    if options.quick:
+        raise EngineError(
+            "plugin-quick",
+            "trtexec cannot build with ahead-of-time plugins",
+            why="they are declared in Python",
+            fix="build without --print-trtexec; trtexec --loadEngine runs what was built",
+        )
     bundle = open_bundle(path)
-    source = source_of(bundle, plan, dialect_of(version), fused=bool(plugins))
+    source = source_of(bundle, plan, dialect_of(version), fused="plugin" if plugins else "")
     lines = []
     for part in bundle.manifest.parts:
         profile = profile_of(part, batches)
@@ -38,7 +47,7 @@ def trtexec_lines(
             listed = (f"{n}:{'x'.join(str(d) for d in s[i])}" for n, s in shapes.items())
             words.append(f"--{which}Shapes={','.join(listed)}")
         words += [f"--dynamicPlugins={library}" for library in plugins]
-        words += _options(options or Options())
+        words += _options(options)
         words += [
             f"--timingCacheFile={bundle.path / FOLDER / f'trtexec-{version}.cache'}",
             f"--saveEngine={part.name}.{plan}.engine",

@@ -9,6 +9,8 @@ trt8      TensorRT 8.6: made from the fp32 graph, opset 17, Gelu in pieces, fp32
           names the layers that the builder must keep in float32.
 trt10-plugin, trt8-plugin: the same where attention to words is one node that the
           TensorRT plugin computes; integers stop at its border.
+trt10-quick: the same for 10.9 and later, with a node for each pass of the block: TensorRT's
+          ahead-of-time plugins, for which nothing is compiled on the board.
 
 All dialects of a plan quantize by the same scales; they differ in encoding and in what surrounds
 the integers. Only the ``ort`` dialects quantize ``stored`` tensors, which their kernels need.
@@ -28,10 +30,11 @@ from .fuse import Fusion, fuse
 from .half import store_half, to_half
 from .lower import to_opset_17
 from .ort import for_ort
+from .passes import split_passes
 from .qdq import write_qdq
 
 DIALECTS = ("ort", "ort-u8u8", "trt10", "trt8")
-WITH_PLUGIN = {"trt10-plugin": "trt10", "trt8-plugin": "trt8"}
+WITH_PLUGIN = {"trt10-plugin": "trt10", "trt8-plugin": "trt8", "trt10-quick": "trt10"}
 DIALECT = "refedge.dialect"
 PLAN = "refedge.plan"
 
@@ -79,4 +82,6 @@ def write_dialect(
         sidecar = json.dumps(record, indent=1).encode() + b"\n"
     elif ort and plan.rest == "fp16":
         out = store_half(out)
+    if dialect == "trt10-quick":
+        split_passes(out)
     return mark(for_ort(out) if ort else out, dialect, plan.name), sidecar, fusions

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from ..plugins.onnx_function import DOMAIN
+from ..plugins.quick import PASSES
 from .canonical import module_of
 from .dialects import WITH_PLUGIN
 from .graph import GraphIndex, attribute
@@ -44,6 +45,7 @@ _FUSED = {
     for operator in ("CrossAttention", "NormAttention", "MutualAttention")
     for name, kind in (("float32", TensorProto.FLOAT), ("float16", TensorProto.FLOAT16))
 }
+_PASSES = {name: frozenset({TensorProto.FLOAT, TensorProto.FLOAT16}) for name in PASSES}
 _UNSIGNED = (TensorProto.UINT8, 128)
 _SIGNED = (TensorProto.INT8, 0)
 TARGETS = {
@@ -52,6 +54,7 @@ TARGETS = {
     "trt10": Target(20, 10, TYPES["trt10"], _SIGNED, ("Cast",)),
     "trt8": Target(17, 8, TYPES["trt8"], _SIGNED, ("Cast",)),
     "trt10-plugin": Target(20, 10, TYPES["trt10"] | _FUSED, _SIGNED, ("Cast",)),
+    "trt10-quick": Target(20, 10, TYPES["trt10"] | _PASSES, _SIGNED, ("Cast",)),
     "trt8-plugin": Target(17, 8, TYPES["trt8"] | _FUSED, _SIGNED, ("Cast",)),
 }
 

@@ -1,8 +1,9 @@
 """Compile the CUDA kernels to cubins, for whoever changes them: ``make cubins``.
 
 CUDA 12.6's NVRTC for sm_75 to sm_90, because the drivers of JetPack 6 refuse images of CUDA 13;
-CUDA 13's for sm_100, 110 and 120. Both come from the package index, and no GPU is needed. Writes
-``kernels/cubins/sm_*.cubin.xz`` and ``kernels/cubins.json``, which ``native.py`` verifies by.
+CUDA 13's for sm_100, 110 and 120. Both come from the package index, and no GPU is needed. Those of
+the ahead-of-time plugins become PTX of CUDA 12.6, which every later driver and GPU takes. Writes
+``kernels/cubins/`` and ``kernels/cubins.json``, which ``native.py`` verifies by.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SETS = (
     ),
     ((100, 110, 120), ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-crt")),
 )
+PTX = (75, 80)  # tensor cores take bfloat16 from 8.0 on
 _ENTRY = re.compile(
     r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -49,21 +51,18 @@ def compile_all() -> None:
     """Compile for every architecture and write cubins and table."""
     (KERNELS / "cubins").mkdir(exist_ok=True)
     cubins: dict[str, Any] = {}
+    texts = {str(number): _text(number) for number in PTX}
     for architectures, packages in SETS:
         nvrtc, includes = _nvrtc(packages)
         for sm in architectures:
-            image, ptx, log = _compile(nvrtc, includes, sm)
-            packed = lzma.compress(image, preset=9)
-            (KERNELS / "cubins" / f"sm_{sm}.cubin.xz").write_bytes(packed)
+            image, ptx, log = _compile(nvrtc, includes, "kernels.cu", f"sm_{sm}")
             cubins[f"sm_{sm}"] = {
-                "sha256": hashlib.sha256(image).hexdigest(),
-                "bytes": len(image),
+                **_written(f"sm_{sm}.cubin", image),
                 "compiler": f"NVRTC {version(packages[0])}",
-                "ptx": ptx,
+                "ptx": _version(ptx),
                 "kernels": resources(log),
             }
-            print(f"sm_{sm}: {len(image)} bytes, {len(packed)} packed")
-    record = {"source": source_hash(), "shared": shared(), "cubins": cubins}
+    record = {"source": source_hash(), "shared": shared(), "cubins": cubins, "ptx": texts}
     TABLE.write_text(json.dumps(record, indent=1) + "\n")
     before, _, rest = PAGE.read_text().partition(MARK)
     PAGE.write_text(before + MARK + table(record) + MARK + rest.partition(MARK)[2])
@@ -130,24 +129,45 @@ def _nvrtc(packages: tuple[str, ...]) -> tuple[ctypes.CDLL, list[Path]]:
     return ctypes.CDLL(str(library)), headers
 
 
-def _compile(nvrtc: ctypes.CDLL, includes: list[Path], sm: int) -> tuple[bytes, str, str]:
-    """Image, version of the PTX behind it, and ptxas' report."""
+def _text(number: int) -> dict[str, Any]:
+    """PTX of the ahead-of-time plugins' kernels; its row of the table."""
+    packages = SETS[0][1]
+    _, ptx, _ = _compile(*_nvrtc(packages), "quick.cu", f"compute_{number}")
+    written = _written(f"compute_{number}.ptx", ptx)
+    return {**written, "compiler": f"NVRTC {version(packages[0])}", "ptx": _version(ptx)}
+
+
+def _written(name: str, image: bytes) -> dict[str, Any]:
+    packed = lzma.compress(image, preset=9)
+    (KERNELS / "cubins" / f"{name}.xz").write_bytes(packed)
+    print(f"{name}: {len(image)} bytes, {len(packed)} packed")
+    return {"sha256": hashlib.sha256(image).hexdigest(), "bytes": len(image)}
+
+
+def _version(ptx: bytes) -> str:
+    stated = re.search(rb"^\.version (\d+\.\d+)", ptx, re.M)
+    return stated[1].decode() if stated else ""
+
+
+def _compile(
+    nvrtc: ctypes.CDLL, includes: list[Path], file: str, architecture: str
+) -> tuple[bytes, bytes, str]:
+    """Image (none for ``compute_80``), the PTX behind it, and ptxas' report."""
     heads = {p.name.encode(): p.read_bytes() for p in KERNELS.glob("*.h")}
     program, count = ctypes.c_void_p(), len(heads)
-    options = [f"--gpu-architecture=sm_{sm}", "--std=c++17", "--ptxas-options=-v"]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
     options += ["-default-device", *(f"-I{folder}" for folder in includes)]
-    source = (KERNELS / "kernels.cu").read_bytes()
+    source = (KERNELS / file).read_bytes()
     names, texts = (ctypes.c_char_p * count)(*heads), (ctypes.c_char_p * count)(*heads.values())
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", count, texts, names)
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, file.encode(), count, texts, names)
     flags = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
     log = _read(nvrtc, program, "ProgramLog").decode()
     if failed:
-        raise SystemExit(f"sm_{sm}: NVRTC returned {failed}\n{log}")
-    image, ptx = _read(nvrtc, program, "CUBIN"), _read(nvrtc, program, "PTX").decode()
+        raise SystemExit(f"{architecture}: NVRTC returned {failed}\n{log}")
+    image, ptx = _read(nvrtc, program, "CUBIN"), _read(nvrtc, program, "PTX").rstrip(b"\0")
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    stated = re.search(r"^\.version (\d+\.\d+)", ptx, re.M)
-    return image, stated[1] if stated else "", log
+    return image, ptx, log
 
 
 def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:

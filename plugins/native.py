@@ -73,17 +73,41 @@ def cubins() -> dict[str, bytes]:
 
     Raises EngineError ``plugin-kernels`` for a missing or changed file.
     """
-    found = {}
-    for architecture, record in json.loads(_TABLE.read_text())["cubins"].items():
-        path = _TABLE.parent / "cubins" / f"{architecture}.cubin.xz"
-        try:
-            image = lzma.decompress(path.read_bytes())
-        except (OSError, lzma.LZMAError) as error:
-            raise _damaged(path, str(error)) from error
-        if hashlib.sha256(image).hexdigest() != record["sha256"]:
-            raise _damaged(path, "its SHA-256 is not that of the table beside it")
-        found[architecture] = image
-    return found
+    recorded = json.loads(_TABLE.read_text())["cubins"]
+    return {name: _unpacked(f"{name}.cubin", row["sha256"]) for name, row in recorded.items()}
+
+
+def ptx(sm: int) -> dict[str, str]:
+    """PTX of the ahead-of-time plugins' kernels by their names, each a module of its own.
+
+    sm: compute capability times ten of the GPU that it is for. Raises EngineError
+    ``plugin-kernels`` for one before 7.5, and for a missing or changed file.
+    """
+    recorded = json.loads(_TABLE.read_text())["ptx"]
+    usable = [int(number) for number in recorded if int(number) <= sm]
+    if not usable:
+        raise EngineError(
+            "plugin-kernels",
+            f"there are no kernels for compute capability {sm / 10}",
+            why=f"they are for {min(map(int, recorded)) / 10} and later",
+            fix="build without the plugins",
+        )
+    target = max(usable)
+    text = _unpacked(f"compute_{target}.ptx", recorded[str(target)]["sha256"]).decode()
+    head = re.findall(r"^\.(?:version|target|address_size|extern) .*$", text, re.M)
+    entries = re.finditer(r"^\.visible \.entry (\w+)\(.*?^}$", text, re.M | re.S)
+    return {entry[1]: "\n".join([*head, entry[0], ""]) for entry in entries}
+
+
+def _unpacked(name: str, sha256: str) -> bytes:
+    path = _TABLE.parent / "cubins" / f"{name}.xz"
+    try:
+        image = lzma.decompress(path.read_bytes())
+    except (OSError, lzma.LZMAError) as error:
+        raise _damaged(path, str(error)) from error
+    if hashlib.sha256(image).hexdigest() != sha256:
+        raise _damaged(path, "its SHA-256 is not that of the table beside it")
+    return image
 
 
 def register(trt: Any, libraries: Mapping[Path, str], said: Iterable[str] = ()) -> list[Any]:

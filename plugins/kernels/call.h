@@ -22,10 +22,11 @@ struct Call {
   void const* in[6];
   void* out[2];
   void* work;
+  void* part[5];  // pieces of the workspace, see *_places(); set by align()
   int batch, pixels, channels, words, heads;
   int width;   // channels of the values: D of CrossAttention, of a head of MutualAttention
-  int chunks;  // runs of tiles whose partial results meet in `work`; set by plan()
-  int span;    // tiles of a run; set by plan()
+  int chunks;  // runs of tiles whose partial results meet in the workspace; set by cut()
+  int span;    // tiles of a run; set by cut()
   int vector;  // bit i: rows of in[i] start at multiples of 16 bytes; bit 8: those of out[0]
   float epsilon;
 };
@@ -95,6 +96,25 @@ constexpr Places mutual_places(Call const& c, int size) {
   return p;
 }
 
+// Set chunks and span.
+constexpr void cut(Operator op, Call& c) {
+  int const tiles = ceil_div(c.pixels, kTile);
+  c.span = op == kNormAttention ? ceil_div(tiles, kMaxChunks) : 1;
+  c.chunks = ceil_div(tiles, c.span);
+}
+
+// Which rows may be read 16 bytes at a time, from the pointers and the lengths of the rows.
+inline int vectors(Operator op, int size, Call const& c) {
+  int const n = c.pixels, k = c.channels, t = c.words, w = c.width;
+  int const rows[3][6] = {{k, t, w, 0, 0, 0}, {n, k, 0, 0, k, k}, {w, 0, 0, n, w, 0}};
+  auto fits = [size](void const* at, int row) {
+    return row > 0 && row * size % 16 == 0 && reinterpret_cast<unsigned long long>(at) % 16 == 0;
+  };
+  int found = fits(c.out[0], op == kCrossAttention ? w : n) << 8;
+  for (int i = 0; i < 6; ++i) found |= fits(c.in[i], rows[op][i]) << i;
+  return found;
+}
+
 #ifndef __CUDACC__
 // Decide the launches of a call and set its chunks and span; pointers are not looked at.
 inline Plan plan(Operator op, Type type, Call& c) {
@@ -106,13 +126,13 @@ inline Plan plan(Operator op, Type type, Call& c) {
       c.channels < 1 || c.channels > kMaxWidth || c.heads < 1 || c.heads > 1024 || c.width < 1 ||
       c.width > kMaxWidth || tiles > 65535)
     return p;
+  cut(op, c);
   auto add = [&p](char const* name, int x, int y, int z, int shared) {
     p.launch[p.launches++] = Launch{name, {x, y, z}, shared};
   };
   int const scores = tile_bytes(words, kTile, 4);  // one row a word
   int const by_word = tile_bytes(kGroup, depth, size) + tile_bytes(depth, kTile, size);
   if (op == kCrossAttention) {
-    c.span = 1, c.chunks = tiles;
     p.workspace = cross_places(c, size).end;
     int const by_pixel = tile_bytes(kTile, depth, size) + tile_bytes(depth, kGroup, size);
     add("cross_weights", c.heads, tiles, c.batch, tile_bytes(kTile, words, 4) + by_pixel);
@@ -120,7 +140,6 @@ inline Plan plan(Operator op, Type type, Call& c) {
     add("cross_output", ceil_div(c.width, kTile), tiles, c.batch,
         stages + tile_bytes(kTile, kTile, 4));
   } else if (op == kNormAttention) {
-    c.span = ceil_div(tiles, kMaxChunks), c.chunks = ceil_div(tiles, c.span);
     p.workspace = norm_places(c, size).end;
     int const rows = ceil_div(c.channels, kTile);
     add("norm_scores", c.chunks, 1, c.batch, scores + by_word + 4 * c.words);
@@ -134,7 +153,6 @@ inline Plan plan(Operator op, Type type, Call& c) {
             tile_bytes(depth, kTile, size) +
             tile_bytes(kTile, kTile, 4));
   } else {
-    c.span = 1, c.chunks = tiles;
     p.workspace = mutual_places(c, size).end;
     add("mutual_seen", tiles, c.heads * groups, c.batch,
         tile_bytes(kGroup, kTile, 4) + tile_bytes(kGroup, kTile, size) + by_word);
@@ -145,16 +163,14 @@ inline Plan plan(Operator op, Type type, Call& c) {
   return p;
 }
 
-// Set which rows may be read 16 bytes at a time, from the pointers and the lengths of the rows.
+// Set what follows from the pointers.
 inline void align(Operator op, Type type, Call& c) {
-  int const n = c.pixels, k = c.channels, t = c.words, w = c.width;
-  int const rows[3][6] = {{k, t, w, 0, 0, 0}, {n, k, 0, 0, k, k}, {w, 0, 0, n, w, 0}};
-  auto fits = [type](void const* at, int row) {
-    return row > 0 && row * size_of(type) % 16 == 0 &&
-           reinterpret_cast<unsigned long long>(at) % 16 == 0;
-  };
-  c.vector = fits(c.out[0], op == kCrossAttention ? w : n) << 8;
-  for (int i = 0; i < 6; ++i) c.vector |= fits(c.in[i], rows[op][i]) << i;
+  int const size = size_of(type);
+  Places const p = op == kCrossAttention  ? cross_places(c, size)
+                   : op == kNormAttention ? norm_places(c, size)
+                                          : mutual_places(c, size);
+  for (int i = 0; i < 5; ++i) c.part[i] = static_cast<char*>(c.work) + p.at[i];
+  c.vector = vectors(op, size, c);
 }
 #endif
 

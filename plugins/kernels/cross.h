@@ -40,7 +40,7 @@ template <class T> __device__ void cross_weights(Call const& c) {
     scores[threadIdx.x / 4 * row + t] += to_float(offset[t]);
   word_softmax(scores, 1, row, words, c.words, pixels);
   __syncthreads();
-  T* const weights = static_cast<T*>(c.work);
+  T* const weights = static_cast<T*>(c.part[0]);
   for (int e = threadIdx.x; e < pixels * c.words; e += kThreads) {
     int const p = e / c.words, t = e % c.words;
     weights[((1ll * b * c.pixels + p0 + p) * c.heads + h) * c.words + t] =
@@ -57,7 +57,7 @@ template <class T> __device__ void cross_output(Call const& c) {
   float* const sums = reinterpret_cast<float*>(memory);
   T* const left = reinterpret_cast<T*>(sums + kTile * row);
   T* const right = left + kTile * row_of(kGroup, sizeof(T));
-  T const* const weights = static_cast<T const*>(c.work) + (1ll * b * c.pixels + p0) * depth;
+  T const* const weights = static_cast<T const*>(c.part[0]) + (1ll * b * c.pixels + p0) * depth;
   T const* const values = static_cast<T const*>(c.in[2]) + 1ll * b * depth * c.width + d0;
   bool const aligned = depth % (16 / sizeof(T)) == 0;
 

@@ -39,11 +39,9 @@ template <class T> __device__ void mutual_seen(Call const& c) {
   T* const powers = reinterpret_cast<T*>(scores + kGroup * row);
   T* const left = powers + kGroup * line;
   T* const right = left + kGroup * row_of(kDepth, sizeof(T));
-  Places const place = mutual_places(c, sizeof(T));
-  char* const work = static_cast<char*>(c.work);
   long long const first = ((1ll * b * c.heads + h) * c.chunks + chunk) * c.words + t0;
-  float* const tops = reinterpret_cast<float*>(work + place.at[0]) + first * 2;
-  float* const sums = reinterpret_cast<float*>(work + place.at[1]) + first * c.width;
+  float* const tops = static_cast<float*>(c.part[0]) + first * 2;
+  float* const sums = static_cast<float*>(c.part[1]) + first * c.width;
   T const* const values =
       static_cast<T const*>(c.in[4]) + ((1ll * b * c.heads + h) * c.pixels + p0) * c.width;
 
@@ -87,15 +85,13 @@ template <class T> __device__ void mutual_pairs(Call const& c) {
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int const s = blockIdx.x * (kThreads / 32) + warp, h = blockIdx.y, b = blockIdx.z;
   float* const seen = reinterpret_cast<float*>(memory) + warp * c.width;
-  Places const place = mutual_places(c, sizeof(T));
-  char* const work = static_cast<char*>(c.work);
   long long const head = 1ll * b * c.heads + h;
-  float const* const tops = reinterpret_cast<float const*>(work + place.at[0]);
-  float const* const sums = reinterpret_cast<float const*>(work + place.at[1]);
+  float const* const tops = static_cast<float const*>(c.part[0]);
+  float const* const sums = static_cast<float const*>(c.part[1]);
   Words const words(c, c.in[2], b);
   if (s >= c.words) return;
   T* const pairs =
-      reinterpret_cast<T*>(work + place.at[2]) + (head * c.words + s) * padded_words(c.words);
+      static_cast<T*>(c.part[2]) + (head * c.words + s) * padded_words(c.words);
   bool const there = words.any && words[s];
   if (there) {
     float top = kLowest, total = 0.f;
@@ -138,8 +134,7 @@ template <class T> __device__ void mutual_product(Call const& c) {
   float* const scores = reinterpret_cast<float*>(memory);
   T* const left = reinterpret_cast<T*>(scores + wide * row);
   T* const right = left + kGroup * row_of(kDepth, sizeof(T));
-  T const* const pairs = reinterpret_cast<T const*>(static_cast<char*>(c.work) +
-                                                    mutual_places(c, sizeof(T)).at[2]);
+  T const* const pairs = static_cast<T const*>(c.part[2]);
   float* const told =
       static_cast<float*>(c.out[1]) + 1ll * b * c.words * c.pixels + p0;
   Words const words(c, c.in[2], b);

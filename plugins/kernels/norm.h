@@ -31,13 +31,11 @@ template <class T> __device__ void norm_scores(Call const& c) {
   T const* const query = static_cast<T const*>(c.in[0]) + 1ll * b * c.channels * c.pixels;
   T const* const keys = static_cast<T const*>(c.in[1]) + 1ll * b * c.words * c.channels;
   Words const words(c, c.in[3], b);
-  Places const place = norm_places(c, sizeof(T));
-  char* const work = static_cast<char*>(c.work);
   float* const weights =
-      reinterpret_cast<float*>(work + place.at[0]) + 1ll * b * c.words * c.pixels;
+      static_cast<float*>(c.part[0]) + 1ll * b * c.words * c.pixels;
   int const record = c.words + triangle(c.words);
   float* const running =
-      reinterpret_cast<float*>(work + place.at[1]) + (1ll * b * c.chunks + chunk) * record;
+      static_cast<float*>(c.part[1]) + (1ll * b * c.chunks + chunk) * record;
   float* const moments = running + c.words;
 
   for (int tile = 0; tile < c.span; ++tile) {
@@ -100,10 +98,8 @@ template <class T> __device__ void norm_columns(Call const& c) {
   int const b = blockIdx.z, lane = threadIdx.x % 32, record = c.words + triangle(c.words);
   float* const mean = reinterpret_cast<float*>(memory);
   float* const covariance = mean + c.words;
-  Places const place = norm_places(c, sizeof(T));
-  char* const work = static_cast<char*>(c.work);
   float const* const partial =
-      reinterpret_cast<float const*>(work + place.at[1]) + 1ll * b * c.chunks * record;
+      static_cast<float const*>(c.part[1]) + 1ll * b * c.chunks * record;
   int const run = c.span * kTile;
   Words const words(c, c.in[3], b);
 
@@ -114,7 +110,7 @@ template <class T> __device__ void norm_columns(Call const& c) {
       sum += partial[k * record + t] * min(run, c.pixels - k * run);
     mean[t] = sum / c.pixels;
     if (blockIdx.x == 0)
-      reinterpret_cast<float*>(work + place.at[2])[1ll * b * c.words + t] = mean[t];
+      static_cast<float*>(c.part[2])[1ll * b * c.words + t] = mean[t];
   }
   __syncthreads();
   for (int e = threadIdx.x; e < triangle(c.words); e += kThreads) {
@@ -135,7 +131,7 @@ template <class T> __device__ void norm_columns(Call const& c) {
   int const warp = threadIdx.x / 32;
   float* const shifted = covariance + triangle(c.words) + warp * wide;
   T const* const values = static_cast<T const*>(c.in[2]);
-  T* const columns = reinterpret_cast<T*>(work + place.at[3]);
+  T* const columns = static_cast<T*>(c.part[3]);
   for (int channel = blockIdx.x * kTile + warp; channel < end; channel += kThreads / 32) {
     long long const at = 1ll * b * c.channels + channel;
     float common = 0.f, variance = 0.f;
@@ -171,13 +167,11 @@ template <class T> __device__ void norm_thin(Call const& c) {
   float* const sums = reinterpret_cast<float*>(memory);
   T* const left = reinterpret_cast<T*>(sums + kTile * row);
   T* const right = left + kTile * row_of(kDepth, sizeof(T));
-  Places const place = norm_places(c, sizeof(T));
-  char* const work = static_cast<char*>(c.work);
   T const* const first = static_cast<T const*>(c.in[4]) + 1ll * r0 * c.channels;
   T const* const columns =
-      reinterpret_cast<T const*>(work + place.at[3]) + 1ll * b * c.channels * wide + t0;
+      static_cast<T const*>(c.part[3]) + 1ll * b * c.channels * wide + t0;
   T* const thin =
-      reinterpret_cast<T*>(work + place.at[4]) + (1ll * b * c.channels + r0) * wide + t0;
+      static_cast<T*>(c.part[4]) + (1ll * b * c.channels + r0) * wide + t0;
 
   Product<T, kTile, kGroup> product;
   product.clear();
@@ -208,16 +202,14 @@ template <class T> __device__ void norm_output(Call const& c) {
   T* const left = reinterpret_cast<T*>(sums + kTile * row);
   T* const centred = left + kTile * deep;
   T* const opened = centred + kGroup * line;
-  Places const place = norm_places(c, sizeof(T));
-  char* const work = static_cast<char*>(c.work);
   float const* const weights =
-      reinterpret_cast<float const*>(work + place.at[0]) + 1ll * b * c.words * c.pixels + p0;
+      static_cast<float const*>(c.part[0]) + 1ll * b * c.words * c.pixels + p0;
   float const* const mean =
-      reinterpret_cast<float const*>(work + place.at[2]) + 1ll * b * c.words;
+      static_cast<float const*>(c.part[2]) + 1ll * b * c.words;
   T const* const columns =
-      reinterpret_cast<T const*>(work + place.at[3]) + (1ll * b * c.channels + r0) * wide;
+      static_cast<T const*>(c.part[3]) + (1ll * b * c.channels + r0) * wide;
   T const* const thin =
-      reinterpret_cast<T const*>(work + place.at[4]) + 1ll * b * c.channels * wide;
+      static_cast<T const*>(c.part[4]) + 1ll * b * c.channels * wide;
   T const* const second = static_cast<T const*>(c.in[5]) + 1ll * r0 * c.channels;
 
   auto centre = [&](int t0) {

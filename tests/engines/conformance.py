@@ -21,15 +21,17 @@ MODULES = [
     *sorted((ROOT / "engines").glob("*.py")),
     *sorted((ROOT / "runtime" / "backends").glob("*.py")),
     ROOT / "plugins" / "native.py",
+    ROOT / "plugins" / "quick.py",
 ]
 TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_names.json").read_text())
 VERSIONS: list[str] = TABLE["versions"]
 # what cannot be annotated: a module, and our logger, which TensorRT's class knows nothing of
-ARGUMENTS = {"trt": "module", "logger": "ILogger"}
+ARGUMENTS = {"trt": "module", "trtp": "class plugin", "logger": "ILogger"}
 OURS = {"open_tensorrt": "module", "tensorrt": "pair", "new_log": "ILogger"}
 OWN = {"lines", "take"}  # what our logger adds
 # arguments of type Any that have nothing to do with TensorRT
 PLAIN = {"severity", "found", "items", "entry", "arguments", "layers", "lib", "memory", "value"}
+PLAIN |= {"driver", "annotation", "function", "part", "whole"}
 FLAGS = {"yes", "no", "nothing"}  # what a variable holds of a hasattr or getattr
 VALUE = "a value"  # what TensorRT gives that is no object of its own: a number, a text, a list
 METHODS = {name for kind in (str, int, list, tuple, bytes) for name in dir(kind)}
@@ -45,6 +47,7 @@ TELLING -= {*SHARED.split(), *METHODS}
 BEHIND = {
     "new_progress": ("IBuilderConfig", "progress_monitor"),
     "_pin": ("BuilderFlag", "OBEY_PRECISION_CONSTRAINTS"),
+    "_declare": ("", "QuickPluginCreationRequest"),
 }
 
 
@@ -307,8 +310,10 @@ class Walk:
             return ""
         if kind == "module":
             return f"class {name}" if name in TABLE else ""
-        if kind.startswith("class "):
-            return group
+        if kind.startswith(
+            "class "
+        ):  # an enumeration's member; of a submodule, a class or function
+            return "" if group == "plugin" else group
         return str(TABLE[group][name][2]) or VALUE
 
     def call(self, node: ast.Call) -> str:

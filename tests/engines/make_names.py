@@ -4,7 +4,7 @@
 
 PYTHON is a command that runs an interpreter in which ``tensorrt_bindings`` imports (the bindings'
 wheels import without a GPU over empty stand-ins for libnvinfer, which only have to satisfy the
-linker). Only names, argument names and result classes are kept.
+linker). Only names, argument names and result classes are kept; ``plugin`` is ``tensorrt.plugin``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,16 @@ for name in CLASSES:
     if hasattr(trt, name):
         members = [m for m in dir(getattr(trt, name)) if not m.startswith("_")]
         out[name] = {m: about(getattr(getattr(trt, name), m)) for m in members}
-json.dump(out, sys.stdout)
+sys.modules["tensorrt"] = trt
+try:
+    import tensorrt.plugin as plugin
+except ImportError:  # before 10.6
+    plugin = None
+for name in sorted(getattr(plugin, "__all__", [])):
+    member = getattr(plugin, name)
+    out.setdefault("plugin", {})[name] = [
+        sorted(inspect.signature(member).parameters) if callable(member) else [], ""]
+print(json.dumps(out))
 """
 
 
@@ -57,7 +66,7 @@ def main(arguments: list[str]) -> None:
         done = subprocess.run(
             [*shlex.split(command), "-c", code], capture_output=True, text=True, check=True
         )
-        for group, members in json.loads(done.stdout).items():
+        for group, members in json.loads(done.stdout.splitlines()[-1]).items():
             for member, (names, result) in members.items():
                 held = table.setdefault(group, {}).setdefault(member, ["", [], ""])
                 held[0] = f"{held[0]} {version}".strip()

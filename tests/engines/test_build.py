@@ -377,9 +377,20 @@ def test_trtexec_lines(version: str, plan: str, quantized: Path) -> None:
 def test_a_plugin_takes_the_graphs_with_fused_nodes(quantized: Path) -> None:
     opened = open_bundle(quantized)
     plain = opened.dialect(["trt10"], "int8")
-    assert source_of(opened, "int8", "trt10", fused=True).dialect == plain  # it has no others
+    assert source_of(opened, "int8", "trt10", fused="plugin").dialect == plain  # it has no others
     fused = replace(plain, name="trt10-plugin")
     manifest = replace(opened.manifest, dialects=(*opened.manifest.dialects, fused))
     opened = replace(opened, manifest=manifest)
-    assert source_of(opened, "int8", "trt10", fused=True).dialect == fused
+    assert source_of(opened, "int8", "trt10", fused="plugin").dialect == fused
+    assert source_of(opened, "int8", "trt10", fused="quick").dialect == plain
     assert source_of(opened, "int8", "trt10").dialect == plain
+
+
+def test_ahead_of_time_plugins_are_asked_for(board: Path, builder: Builder) -> None:
+    record = run(board, options=Options(quick=True))
+    assert record.flags["quick"] is True
+    assert record.plugins == {}
+    assert [(t.options.quick, t.sm) for t in builder.tasks] == [(True, 87)] * len(record.parts)
+    with pytest.raises(EngineError) as caught:
+        trtexec_lines(board, "int8", "10.13", options=Options(quick=True))
+    assert caught.value.code == "plugin-quick"

@@ -58,6 +58,16 @@ def test_the_backend_is_seen() -> None:
         assert name in seen
 
 
+def test_the_ahead_of_time_plugins_are_seen() -> None:
+    quick = ROOT / "plugins" / "quick.py"
+    source, seen = quick.read_text(), conformance.uses(quick)
+    for name in ("register", "aot_impl", "from_shape_expr", "KernelLaunchParams", "SymIntExprs"):
+        assert ("plugin", name) in seen
+    assert conformance.faults(quick, source.replace("trtp.aot_impl(", "trtp.aot(")) != []
+    assert conformance.faults(quick, source.replace("shared_mem=", "shared=")) != []
+    assert conformance.faults(quick, source.replace("not hasattr(trt,", "trt and (trt,")) != []
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [

@@ -281,6 +281,13 @@ def test_the_parsers_refusal_names_the_node(version: str, tmp_path: Path) -> Non
     assert "unsupported mode" in caught.value.why
 
 
+@pytest.mark.parametrize("version", ["8.6", "10.3"])
+def test_a_tensorrt_without_ahead_of_time_plugins(version: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError) as caught:
+        build_part(bindings(version), task(tmp_path, options=Options(quick=True), sm=87), print)
+    assert caught.value.code == "plugin-quick"
+
+
 def test_a_missing_plugin_is_called_so(tmp_path: Path) -> None:
     world = bindings("10.3", **{"OnnxParser.parse_from_file": False})
     world.results["OnnxParser"] = refused(

@@ -38,10 +38,12 @@ class Kernels:
         for i, tensor in enumerate(made):
             call.outputs[i] = tensor.data_ptr()
         which = OPERATORS.index(operator), TYPES.index(dtype)
-        if not library().refedge_plan(*which, ctypes.byref(call), ctypes.byref(plan)):
+        size = library().refedge_workspace(*which, ctypes.byref(call))
+        if size < 0:
             raise ValueError(f"refused: {sizes}")
-        work = torch.empty(plan.workspace, dtype=torch.uint8, device="cuda").fill_(0xFF)
+        work = torch.empty(size, dtype=torch.uint8, device="cuda").fill_(0xFF)
         call.work = work.data_ptr()
+        library().refedge_plan(*which, ctypes.byref(call), ctypes.byref(plan))
         steps = []
         for launch in plan.launch[: plan.launches]:
             function = ctypes.c_void_p()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from refedge.plugins import reference
+from refedge.plugins.quick import FLOAT32, Pass
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).parent / "emulation" / "emulate.cpp"
@@ -30,6 +31,7 @@ class Call(ctypes.Structure):
         ("inputs", ctypes.c_void_p * 6),
         ("outputs", ctypes.c_void_p * 2),
         ("work", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p * 5),
         *((name, ctypes.c_int) for name in (
             "batch", "pixels", "channels", "words", "heads", "width", "chunks", "span", "vector",
         )),
@@ -158,6 +160,34 @@ def emulate(
         assert (raw[-edge:] == 0xFF).all()
         found.append(from_bits(room[GUARD:-GUARD]).reshape(shape))
     return found
+
+
+def run_pass(
+    one: Pass, tensors: dict[str, np.ndarray], dtype: str, *, order: int = 0, shift: int = 0
+) -> dict[str, np.ndarray]:
+    """What a pass of ``plugins/quick.py`` makes of its inputs; outputs as those of ``emulate``."""
+    kind = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+    lengths = one.lengths({name: tensors[name].shape for name in one.inputs})
+    grid, shared = one.launch(lengths, kind.itemsize)
+    arguments: list[Any] = [ctypes.c_void_p(tensors[n].ctypes.data) for n in one.inputs]
+    arguments += [ctypes.c_int(lengths[letter]) for letter in one.integers]
+    rooms, made = {}, {}
+    for name, letters in one.outputs.items():
+        form = np.dtype(np.float32) if name in FLOAT32 else kind
+        shape = tuple(lengths[letter] for letter in letters)
+        blank = np.full((int(np.prod(shape)) + 2 * GUARD) * form.itemsize, 0xFF, np.uint8)
+        rooms[name] = offset(blank.view(form), shift)
+        made[name] = rooms[name][GUARD:-GUARD].reshape(shape)
+        arguments.append(ctypes.c_void_p(made[name].ctypes.data))
+    pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    size = (ctypes.c_int * 3)(*grid)
+    entry = f"{one.kernel}_{dtype}".encode()
+    assert library().refedge_quick(entry, pointers, size, shared, order) == 0
+    for name, room in rooms.items():
+        raw, edge = room.view(np.uint8), GUARD * room.itemsize
+        assert (raw[:edge] == 0xFF).all(), name
+        assert (raw[-edge:] == 0xFF).all(), name
+    return made
 
 
 REFERENCES: dict[str, Callable[..., Any]] = {

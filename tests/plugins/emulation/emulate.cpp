@@ -8,7 +8,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -202,6 +204,40 @@ template <class S, class A, class B> void mma_sync(S& d, A const& a, B const& b,
 }  // namespace nvcuda::wmma
 
 #include "../../../plugins/kernels/kernels.cu"
+#include "../../../plugins/kernels/quick.cu"
+
+// Run `step` as every thread of a grid; 0, 3 or 4 as below.
+static int run(int const (&grid)[3], int shared, int order) {
+  if (shared > 48 * 1024) return 4;
+  emulation::stacks.resize(emulation::kThreads * emulation::kStack);
+  emulation::order = order;
+  emulation::diverged = false;
+  for (int z = 0; z < grid[2]; ++z)
+    for (int y = 0; y < grid[1]; ++y)
+      for (int x = 0; x < grid[0]; ++x) {
+        blockIdx = {unsigned(x), unsigned(y), unsigned(z)};
+        if (!emulation::block() || emulation::diverged) return 3;
+      }
+  return 0;
+}
+
+// Call a kernel with pointers to its arguments, as cuLaunchKernel gets them.
+template <class... A, size_t... I>
+static void unpacked(void (*kernel)(A...), void** given, std::index_sequence<I...>) {
+  kernel(*static_cast<A*>(given[I])...);
+}
+template <class... A> static void call(void (*kernel)(A...), void** given) {
+  unpacked(kernel, given, std::index_sequence_for<A...>());
+}
+#define REFEDGE_ENTRY(name) {#name, [](void** given) { call(refedge::name, given); }}
+#define REFEDGE_ENTRIES(name) \
+  REFEDGE_ENTRY(name##_float32), REFEDGE_ENTRY(name##_float16), REFEDGE_ENTRY(name##_bfloat16)
+static std::map<std::string, void (*)(void**)> const quick = {
+    REFEDGE_ENTRIES(quick_cross_weights), REFEDGE_ENTRIES(quick_cross_output),
+    REFEDGE_ENTRIES(quick_norm_scores), REFEDGE_ENTRIES(quick_norm_columns),
+    REFEDGE_ENTRIES(quick_norm_thin), REFEDGE_ENTRIES(quick_norm_output),
+    REFEDGE_ENTRIES(quick_mutual_seen), REFEDGE_ENTRIES(quick_mutual_pairs),
+    REFEDGE_ENTRIES(quick_mutual_product)};
 
 extern "C" {
 // Bytes of workspace, or -1 if the operator does not take the call.
@@ -224,9 +260,6 @@ int refedge_emulate(int op, int type, refedge::Call* call, int order) {
   auto const plan = refedge::plan(refedge::Operator(op), refedge::Type(type), *call);
   refedge::align(refedge::Operator(op), refedge::Type(type), *call);
   if (!plan.launches) return 1;
-  emulation::stacks.resize(emulation::kThreads * emulation::kStack);
-  emulation::order = order;
-  emulation::diverged = false;
   Dl_info own;
   dladdr(reinterpret_cast<void*>(&refedge_workspace), &own);
   static void* const library = dlopen(own.dli_fname, RTLD_NOW | RTLD_NOLOAD);
@@ -235,18 +268,23 @@ int refedge_emulate(int op, int type, refedge::Call* call, int order) {
   argument = *call;
   for (int i = 0; i < plan.launches; ++i) {
     auto const& l = plan.launch[i];
-    if (l.shared > 48 * 1024) return 4;
     kernel = reinterpret_cast<void (*)(refedge::Call)>(
         dlsym(library, (std::string(l.kernel) + suffix[type]).c_str()));
     if (!kernel) return 2;
     emulation::step = [] { kernel(argument); };
-    for (int z = 0; z < l.grid[2]; ++z)
-      for (int y = 0; y < l.grid[1]; ++y)
-        for (int x = 0; x < l.grid[0]; ++x) {
-          blockIdx = {unsigned(x), unsigned(y), unsigned(z)};
-          if (!emulation::block() || emulation::diverged) return 3;
-        }
+    if (int const status = run(l.grid, l.shared, order)) return status;
   }
   return 0;
+}
+
+// The same for a kernel of the ahead-of-time plugins.
+int refedge_quick(char const* name, void** arguments, int const (&grid)[3], int shared, int order) {
+  auto const found = quick.find(name);
+  if (found == quick.end()) return 2;
+  static void (*kernel)(void**);
+  static void** given;
+  kernel = found->second, given = arguments;
+  emulation::step = [] { kernel(given); };
+  return run(grid, shared, order);
 }
 }
