@@ -47,14 +47,18 @@ class Channels:
 
 
 def channel_scales(
-    model: onnx.ModelProto, quantized: Iterable[str], inputs: Iterable[Arrays]
+    model: onnx.ModelProto,
+    quantized: Iterable[str],
+    inputs: Iterable[Arrays],
+    products: bool = True,
 ) -> tuple[ChannelScale, ...]:
     """Factors for a part's graph.
 
     quantized: names of the tensors that a plan quantizes. inputs: of some calibration samples.
+    products: whether streams count that need one, which takes time when the model runs.
     """
     index, wanted = GraphIndex(model), frozenset(quantized)
-    found = [s for s in streams(index) if _useful(s, wanted)]
+    found = [s for s in streams(index) if _useful(s, wanted, products)]
     axes = {name: axis for stream in found for name, axis in stream.tensors.items()}
     seen = {name: Channels() for name in axes}
     taps = Taps(model, axes)
@@ -65,10 +69,10 @@ def channel_scales(
     return tuple(scale for scale in chosen if scale is not None)
 
 
-def _useful(stream: Stream, quantized: frozenset[str]) -> bool:
+def _useful(stream: Stream, quantized: frozenset[str], products: bool) -> bool:
     """Products cost time: more tensors have to gain from the factors than products are needed."""
-    products = len(stream.readers) + len(stream.writers)
-    return len(quantized & stream.tensors.keys()) > products <= 2
+    needed = len(stream.readers) + len(stream.writers)
+    return len(quantized & stream.tensors.keys()) > needed <= 2 * products
 
 
 def _factors(

@@ -60,7 +60,8 @@ def quantize(
              ``root``); int8 needs one.
     samples: image-expression pairs to see, spread over all families.
     spare:   share of the multiply-accumulates that may stay in float, where int8 hurts most; None
-             is 0.1 for trained weights and 0 for others, whose masks mean nothing.
+             is 0.1 for trained weights and 0 for others, whose masks mean nothing. At 0 nothing
+             that takes time is added for accuracy, products for channels neither.
     rest:    precision of what is not in int8, ``fp32`` or ``fp16``; int8 plans only.
     progress: wraps an iterable with a label.
     """
@@ -132,7 +133,7 @@ def calibrated_plan(
         first = range(min(len(pairs), CHANNEL_SAMPLES * _batch(bundle) // 32 or 1))
         shown = [pairs[at][1] for at in progress(first, "channels")]
         for part, p in parts.items():
-            p.equalize(choose(p.index, high), [inputs[part] for inputs in shown])
+            p.equalize(choose(p.index, high), [inputs[part] for inputs in shown], spare > 0.0)
     placements = {part: choose(p.index, high) for part, p in parts.items()}
     for part, p in parts.items():
         placement = placements[part]
@@ -174,10 +175,10 @@ class _Part:
         self.index = GraphIndex(self.model)
         self.channels: tuple[ChannelScale, ...] = ()
 
-    def equalize(self, placement: Placement, inputs: Sequence[Arrays]) -> None:
-        """From here on the graph has channels of one size where that is free."""
+    def equalize(self, placement: Placement, inputs: Sequence[Arrays], products: bool) -> None:
+        """From here on the graph has channels of one size where that can be had."""
         quantized = (*placement.inputs, *placement.stored)
-        self.channels = channel_scales(self.model, quantized, inputs)
+        self.channels = channel_scales(self.model, quantized, inputs, products)
         self.model = equalize(self.model, self.channels)
         self.index = GraphIndex(self.model)
 

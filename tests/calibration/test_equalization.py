@@ -65,6 +65,19 @@ def test_no_factors_where_a_product_would_be_needed_for_one_tensor() -> None:
     assert channel_scales(network(last="Gelu"), ["x", "h"], [X]) == ()
 
 
+def test_streams_that_need_a_product_can_be_left_out() -> None:
+    """Two maps gain and one reader, a Gelu, needs a product: only where products are allowed."""
+    first = RNG.normal(size=(C, 3, 1, 1)).astype(np.float32) * SPREAD[:, None, None, None]
+    second = RNG.normal(size=(4, C, 1, 1)).astype(np.float32) / SPREAD[:, None, None]
+    nodes = [node("Conv", ["x", "a"], "h"), node("Relu", ["h"], "r"), node("Gelu", ["r"], "g")]
+    nodes += [node("Conv", ["r", "b"], "y"), node("Conv", ["g", "b"], "z")]
+    shape = {"x": ("batch", 3, 12, 12)}
+    model = small(nodes, shape, ["y", "z"], {"a": first, "b": second})
+    (scale,) = channel_scales(model, ["x", "h", "r"], [X])
+    assert scale.readers == ("r",)
+    assert channel_scales(model, ["x", "h", "r"], [X], products=False) == ()
+
+
 def test_no_factors_for_what_is_not_quantized() -> None:
     assert channel_scales(network(), ["x"], [X]) == ()
 
