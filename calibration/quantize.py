@@ -129,11 +129,12 @@ def calibrated_plan(
     choose = naive_placement if name == "naive" else place
     high = bundle.manifest.high
     parts = {part: _Part(bundle, part) for part in bundle.manifest.canonical.graphs}
+    shown: list[tuple[str, dict[str, Arrays]]] = []
     if name != "naive":
         first = range(min(len(pairs), CHANNEL_SAMPLES * _batch(bundle) // 32 or 1))
-        shown = [pairs[at][1] for at in progress(first, "channels")]
+        shown = [pairs[at] for at in progress(first, "channels")]
         for part, p in parts.items():
-            p.equalize(choose(p.index, high), [inputs[part] for inputs in shown], spare > 0.0)
+            p.equalize(choose(p.index, high), [i[part] for _, i in shown], spare > 0.0)
     placements = {part: choose(p.index, high) for part, p in parts.items()}
     for part, p in parts.items():
         placement = placements[part]
@@ -141,7 +142,7 @@ def calibrated_plan(
     ids: list[str] = []
     some: list[dict[str, Arrays]] = []
     for at in progress(range(len(pairs)), "ranges"):
-        query, inputs = pairs[at]
+        query, inputs = shown[at] if at < len(shown) else pairs[at]
         ids.append(query)
         for part, p in parts.items():
             p.collector.add(inputs[part])
