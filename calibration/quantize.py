@@ -36,6 +36,7 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 PLANS = ("fp16", "int8", "naive")
 RESTS = ("fp32", "fp16")
 SAMPLES = 256
+SENSITIVITY_SAMPLES = 32  # that nodes are quantized one by one on
 SPARE = 0.1
 EVALUATION = ("val", "test", "testA", "testB", "testC", "testAB")
 
@@ -131,7 +132,7 @@ def calibrated_plan(
     parts = {part: _Part(bundle, part) for part in bundle.manifest.canonical.graphs}
     shown: list[tuple[str, dict[str, Arrays]]] = []
     if name != "naive":
-        first = range(min(len(pairs), CHANNEL_SAMPLES * _batch(bundle) // 32 or 1))
+        first = range(min(len(pairs), _as_many(bundle, CHANNEL_SAMPLES)))
         shown = [pairs[at] for at in progress(first, "channels")]
         for part, p in parts.items():
             p.equalize(choose(p.index, high), [i[part] for _, i in shown], spare > 0.0)
@@ -146,7 +147,7 @@ def calibrated_plan(
         ids.append(query)
         for part, p in parts.items():
             p.collector.add(inputs[part])
-        if at < _batch(bundle):
+        if at < _as_many(bundle, SENSITIVITY_SAMPLES):
             some.append(inputs)
     for part, p in parts.items():
         p.plan = _part_plan(p, placements[part], method)
@@ -217,10 +218,10 @@ def _int8_macs(parts: dict[str, _Part]) -> dict[str, float]:
     return {name: round(share, 6) for name, share in shares.items()}
 
 
-def _batch(bundle: Bundle) -> int:
-    """Samples that sensitivity is measured on: as many pixels as 32 of the tiny model's."""
+def _as_many(bundle: Bundle, samples: int) -> int:
+    """As many samples as have the pixels of ``samples`` of the tiny model's, at least one."""
     size = bundle.manifest.preprocess
-    return max(1, 32 * 96 * 96 // (size.height * size.width))
+    return max(1, samples * 96 * 96 // (size.height * size.width))
 
 
 def _stack(inputs: Sequence[Arrays]) -> Arrays:

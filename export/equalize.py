@@ -1,10 +1,11 @@
-"""Channels of one size before they are quantized: exact in float, at no cost when the model runs.
+"""Channels of one size before they are quantized, exact in float.
 
 An int8 tensor has one step for all of its channels, so that small ones are lost beside large ones.
 A channel of a map may be scaled if whoever writes it takes the factor into its weights and whoever
 reads it the inverse: cross-layer equalization (Nagel et al., ICCV 2019), between activations and
 weights as in SmoothQuant (Xiao et al., ICML 2023). ``streams`` finds maps that allow it, whole
-residual streams included; ``equalize`` writes the factors into a graph.
+residual streams included; ``equalize`` writes the factors into a graph. Where weights take all of
+them the model takes no longer; a reader or writer without weights needs a product.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def streams(index: GraphIndex) -> list[Stream]:
         tensors = dict(keys)
         if root in forbidden or not absorbed & {*keys} or taken & tensors.keys():
             continue
+        if len(tensors) < len(keys):  # a transposed map is added to itself: both axes are one
+            continue
         taken |= tensors.keys()
         readers = tuple(name for name, axis in keys if (name, axis) in pinned)
         writers = tuple(name for name, axis in keys if (name, axis) in written)
@@ -79,8 +82,17 @@ def _links(index: GraphIndex, node: onnx.NodeProto) -> Links:
     """What a node does to channels: keys that are scaled alike, and reads and writes whose factors
     its constants can take. Everything else about its tensors is fixed."""
     reads, out = _variables(index, node), node.output[0]
-    rank = len(index.shape(out) or ())
-    if node.op_type == "Conv" and _constant(index, node):
+    shape = index.shape(out) or ()
+    rank = len(shape)
+    alike = len({index.shape(name) for name in (*reads, out)}) == 1
+    if alike and (node.op_type == "Add" or (node.op_type == "Mul" and len(reads) == 1)):
+        return [((n, a), (out, a)) for n in reads for _, a in _keys(index, out)], [], []
+    weighted = [name for name in reads if _weighted(index, name) and not _of_block(index, name)]
+    if alike and node.op_type == "Mul" and weighted and len({*reads}) == 2:
+        return [((weighted[0], axis), (out, axis)) for _, axis in _keys(index, out)], [], []
+    if not reads or reads[0] != node.input[0]:
+        return [], [], []
+    if node.op_type == "Conv" and rank == 4 and _constant(index, node) and _simple(index, node):
         return [], [(reads[0], 1)], [(out, 1)]
     if node.op_type == "InstanceNormalization" and _constant(index, node):
         return [], [(reads[0], 1)], [(out, 1)]  # it takes any factor away
@@ -88,19 +100,13 @@ def _links(index: GraphIndex, node: onnx.NodeProto) -> Links:
         return [], [], [(out, rank - 1)]
     if node.op_type == "MatMul" and _constant(index, node) and _matrix(index, node):
         return [], [(reads[0], rank - 1)], [(out, rank - 1)]
-    if node.op_type in _SAME and rank == 4:
+    if node.op_type in _SAME and rank == 4 and (index.shape(reads[0]) or ())[1:2] == shape[1:2]:
         return [((reads[0], 1), (out, 1))], [], []
-    if node.op_type == "Transpose":
-        order = list(attribute(node, "perm", ()))  # type: ignore[call-overload]
+    order = attribute(node, "perm")
+    if node.op_type == "Transpose" and rank > 2 and isinstance(order, list):
         return [((reads[0], axis), (out, order.index(axis))) for axis in (1, rank - 1)], [], []
     if node.op_type == "Reshape":
         return _through_reshape(index, reads[0], out), [], []
-    alike = len({index.shape(name) for name in (*reads, out)}) == 1
-    if alike and (node.op_type == "Add" or (node.op_type == "Mul" and len(reads) == 1)):
-        return [((n, a), (out, a)) for n in reads for _, a in _keys(index, out)], [], []
-    weighted = [name for name in reads if _weighted(index, name) and not _of_block(index, name)]
-    if alike and node.op_type == "Mul" and weighted:
-        return [((weighted[0], axis), (out, axis)) for _, axis in _keys(index, out)], [], []
     return [], [], []
 
 
@@ -134,6 +140,13 @@ def _through_reshape(index: GraphIndex, name: str, out: str) -> list[tuple[Key, 
 
 def _constant(index: GraphIndex, node: onnx.NodeProto) -> bool:
     return all(name in index.tensors for name in node.input[1:])
+
+
+def _simple(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether a convolution is dense, or has one kernel for each channel."""
+    out, inner = index.tensors[node.input[1]].dims[:2]
+    group = attribute(node, "group", 1)
+    return group == 1 or (inner == 1 and group == out)
 
 
 def _matrix(index: GraphIndex, node: onnx.NodeProto) -> bool:
@@ -204,9 +217,10 @@ def _scale_constants(
     node: onnx.NodeProto,
     factors: dict[str, tuple[int, Vector]],
 ) -> None:
-    reads = [factors[n][1] for n in _variables(index, node) if n in factors]
-    axis, writes = factors.get(node.output[0], (0, None))
-    if node.op_type == "Conv":
+    same, takes, gives = _links(index, node)
+    reads = [factors[n][1] for n, _ in takes if n in factors]
+    axis, writes = factors.get(node.output[0], (0, None)) if same or gives else (0, None)
+    if node.op_type == "Conv" and takes:
         weight = _real(index, node.input[1])
         if reads:
             grouped = attribute(node, "group", 1) != 1
@@ -214,7 +228,7 @@ def _scale_constants(
         if writes is not None:
             weight = weight * writes.reshape(-1, 1, 1, 1)
         _put(index, node, 1, weight)
-    elif node.op_type == "MatMul" and node.input[1] in index.tensors:
+    elif node.op_type == "MatMul" and takes:
         weight = _real(index, node.input[1])
         weight = weight / reads[0][:, None] if reads else weight
         _put(index, node, 1, weight if writes is None else weight * writes)
@@ -246,6 +260,8 @@ def _put(
         return
     tensor.name = node.input[position] = f"{name}/{node.name}"
     index.model.graph.initializer.append(tensor)
+    index.tensors[tensor.name] = index.model.graph.initializer[-1]
+    index.readers[tensor.name] = [node]
 
 
 def _restore(index: GraphIndex, name: str, axis: int, values: Vector) -> None:

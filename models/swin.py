@@ -97,8 +97,8 @@ def look_near(window: int, heads: int) -> Tensor:
     """Position biases [(2 window - 1)^2, heads] with which every head starts out looking nearby.
 
     Each head prefers one spot on a ring around its pixel, so that together they are much like a
-    convolution (d'Ascoli et al., ConViT, ICML 2021). From biases of zero, where every pixel sees
-    the mean of its window, a small network takes thousands of steps to find out what is near.
+    convolution (d'Ascoli et al., ConViT, ICML 2021); from biases of zero every pixel sees the mean
+    of its window at first.
     """
     line = torch.arange(1.0 - window, window)
     down, right = torch.meshgrid(line, line, indexing="ij")

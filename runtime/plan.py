@@ -112,12 +112,15 @@ def decode_plan(raw: bytes) -> Plan:
         raise _damaged(f"schema {plan.schema}, rest {plan.rest!r}")
     for part in plan.parts.values():
         scales = [*part.activations.values(), *(s for w in part.weights.values() for s in w.scales)]
+        scales += [factor for c in part.channels for factor in c.factors]
         if not all(0.0 < s < float("inf") for s in scales):
             raise _damaged("a scale is not a positive number")
         if not set(part.stored) <= set(part.activations):
             raise _damaged("a stored tensor has no scale")
         if not set(part.factors) <= set(part.stored):
             raise _damaged("a factor is not stored")
+        if any(not {*c.readers, *c.writers} <= set(c.tensors) for c in part.channels):
+            raise _damaged("a tensor has a product for channels, and no factors")
     return plan
 
 

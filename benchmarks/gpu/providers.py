@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ...errors import BackendError
+from ...runtime.backends.onnx_runtime import OnnxRuntimePart
 from ...runtime.files import write_json
 from ...runtime.manifest import Manifest
 from ...runtime.segmenter import load
@@ -38,7 +39,7 @@ def run_mode(bundle: Path, provider: str, plan: str, repeats: int) -> dict[str, 
     for part in segmenter.manifest.parts:
         inputs = {t.name: known[t.name] for t in part.inputs}
         known |= segmenter._parts[part.name].run(inputs)
-        session = getattr(segmenter._parts[part.name], "_session")  # noqa: B009  ONNX Runtime's own
+        session = cast(OnnxRuntimePart, segmenter._parts[part.name])._session
         binding = session.io_binding()
         for name, value in inputs.items():
             on_device = onnxruntime.OrtValue.ortvalue_from_numpy(value, device, 0)

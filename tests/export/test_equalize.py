@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refedge.export.equalize import Stream, equalize, streams
@@ -129,6 +130,87 @@ def test_the_named_tensors_are_larger_by_their_factors() -> None:
     for name, (axis, factors) in by_name.items():
         along = factors.reshape([-1 if i == axis else 1 for i in range(before[name].ndim)])
         np.testing.assert_allclose(after[name], before[name] * along, rtol=1e-3, atol=1e-3)
+
+
+ODD: dict[str, tuple[list[onnx.NodeProto], dict[str, tuple[int, ...]]]] = {
+    "grouped": (
+        [node("Conv", ["x", "a"], "h"), node("Conv", ["h", "b"], "y", group=2)],
+        {"a": (C, 3, 1, 1), "b": (C, C // 2, 1, 1)},
+    ),
+    "several kernels a channel": (
+        [node("Conv", ["x", "a"], "h"), node("Conv", ["h", "b"], "y", group=C)],
+        {"a": (C, 3, 1, 1), "b": (2 * C, 1, 1, 1)},
+    ),
+    "squared": (
+        [
+            node("Conv", ["x", "a"], "h"),
+            node("Mul", ["h", "h"], "m"),
+            node("Conv", ["m", "b"], "y"),
+        ],
+        {"a": (C, 3, 1, 1), "b": (2, C, 1, 1)},
+    ),
+    "transposed by default": (
+        [node("Conv", ["x", "a"], "h"), node("Transpose", ["h"], "t"), node("Relu", ["t"], "y")],
+        {"a": (C, 3, 1, 1)},
+    ),
+    "transposed and added to itself": (
+        [
+            node("Conv", ["x", "a"], "h"),
+            node("Transpose", ["h"], "t", perm=[0, 3, 2, 1]),
+            node("Add", ["h", "t"], "s"),
+            node("Conv", ["s", "b"], "y"),
+        ],
+        {"a": (6, 3, 1, 1), "b": (2, 6, 1, 1)},
+    ),
+    "shared weights, one map with a reader of its own": (
+        [
+            node("Conv", ["x", "a"], "h"),
+            node("Conv", ["h", "b"], "p"),
+            node("Conv", ["p", "b"], "q"),
+            node("Gelu", ["h"], "g"),
+            node("Add", ["g", "q"], "y"),
+        ],
+        {"a": (C, 3, 1, 1), "b": (C, C, 1, 1)},
+    ),
+    "a constant first": (
+        [
+            node("Conv", ["x", "a"], "h"),
+            node("Add", ["c", "h"], "s"),
+            node("Conv", ["s", "b"], "y"),
+        ],
+        {"a": (C, 3, 1, 1), "b": (2, C, 1, 1), "c": (C, 1, 1)},
+    ),
+    "a constant alone": (
+        [
+            node("Conv", ["c", "a"], "k"),
+            node("Conv", ["x", "b"], "h"),
+            node("Add", ["h", "k"], "y"),
+        ],
+        {"a": (C, 3, 1, 1), "b": (C, 3, 1, 1), "c": (1, 3, 6, 6)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_graphs_compute_the_same(name: str) -> None:
+    """Where factors cannot go, none are asked for; where they can, nothing changes."""
+    nodes, shapes = ODD[name]
+    model = small(
+        nodes, {"x": ("batch", 3, 6, 6)}, ["y"], {n: weights(*s) for n, s in shapes.items()}
+    )
+    changed = equalize(model, scaled(streams(GraphIndex(model)), model, 5))
+    x = {"x": weights(1, 3, 6, 6)}
+    np.testing.assert_allclose(run(changed, x)["y"], run(model, x)["y"], rtol=2e-4, atol=2e-4)
+
+
+def test_one_dimensional_convolutions_are_left_alone() -> None:
+    model = small(
+        [node("Conv", ["x", "a"], "h"), node("Conv", ["h", "b"], "y")],
+        {"x": ("batch", 3, 6)},
+        ["y"],
+        {"a": weights(C, 3, 1), "b": weights(2, C, 1)},
+    )
+    assert streams(GraphIndex(model)) == []
 
 
 def test_shared_constants_stay_what_they_were() -> None:

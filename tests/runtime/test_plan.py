@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from refedge.errors import BundleError
 from refedge.runtime.plan import (
     Calibration,
+    ChannelScale,
     PartPlan,
     Plan,
     WeightScale,
@@ -27,6 +28,7 @@ PART = PartPlan(
     activations={"x": 0.5, "y": 0.0078125, "z": 65504.0},
     stored=("y",),
     weights={"w": WeightScale(0, (0.25, 1e-4, 3.0)), "v": WeightScale(None, (0.125,))},
+    channels=(ChannelScale({"x": 1, "y": 3}, (1.0, 2.0), readers=("y",), writers=("x",)),),
 )
 PLAN = Plan(
     "int8",
@@ -46,6 +48,14 @@ weights = st.builds(
 
 
 @st.composite
+def channels(draw: st.DrawFn) -> ChannelScale:
+    tensors = draw(st.dictionaries(names, st.integers(0, 3), min_size=1, max_size=3))
+    some = st.sets(st.sampled_from(sorted(tensors))).map(sorted).map(tuple)
+    factors = draw(st.lists(steps, min_size=1, max_size=3))
+    return ChannelScale(tensors, tuple(factors), draw(some), draw(some))
+
+
+@st.composite
 def parts(draw: st.DrawFn) -> PartPlan:
     activations = draw(st.dictionaries(names, steps, max_size=4))
     stored = draw(st.sets(st.sampled_from(sorted(activations)))) if activations else set()
@@ -56,6 +66,7 @@ def parts(draw: st.DrawFn) -> PartPlan:
         activations,
         tuple(sorted(stored)),
         draw(st.dictionaries(names, weights, max_size=3)),
+        channels=tuple(draw(st.lists(channels(), max_size=2))),
     )
 
 
@@ -129,6 +140,18 @@ def test_a_changed_byte_is_damaged_or_a_valid_plan(data: st.DataObject) -> None:
         return
     for part in plan.parts.values():
         assert all(0 < s < float("inf") for s in part.activations.values())
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf"), None, "2"])
+def test_factors_of_channels_are_positive_numbers(factor: Any) -> None:
+    channel = {"tensors": {"x": 1}, "factors": [1.0, factor]}
+    damaged(changed("parts", "mask", "channels", value=[channel]))
+
+
+@pytest.mark.parametrize("end", ["readers", "writers"])
+def test_a_product_for_channels_of_a_tensor_without_factors(end: str) -> None:
+    channel = {"tensors": {"x": 1}, "factors": [2.0], end: ["y"]}
+    assert "no factors" in damaged(changed("parts", "mask", "channels", value=[channel]))
 
 
 @pytest.mark.parametrize("scale", [0, -0.0, -0.5, float("nan"), float("inf"), None, "0.5", [0.5]])
