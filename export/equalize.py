@@ -87,9 +87,10 @@ def _links(index: GraphIndex, node: onnx.NodeProto) -> Links:
     alike = len({index.shape(name) for name in (*reads, out)}) == 1
     if alike and (node.op_type == "Add" or (node.op_type == "Mul" and len(reads) == 1)):
         return [((n, a), (out, a)) for n in reads for _, a in _keys(index, out)], [], []
-    weighted = [name for name in reads if _weighted(index, name) and not _of_block(index, name)]
-    if alike and node.op_type == "Mul" and weighted and len({*reads}) == 2:
-        return [((weighted[0], axis), (out, axis)) for _, axis in _keys(index, out)], [], []
+    if alike and node.op_type == "Mul" and len({*reads}) == 2:
+        weighted = [n for n in reads if _weighted(index, n) and not _of_block(index, n)]
+        keys = _keys(index, out) if weighted else []
+        return [((weighted[0], axis), (out, axis)) for _, axis in keys], [], []
     if not reads or reads[0] != node.input[0]:
         return [], [], []
     if node.op_type == "Conv" and rank == 4 and _constant(index, node) and _simple(index, node):
