@@ -191,7 +191,10 @@ def _one_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
 
 
 def _one_affine(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """``x * scale + shift``, a number each per channel, in one pass: a batch norm of no effect."""
+    """``x * scale + shift``, a number each per channel, in one pass: a batch norm of no effect.
+
+    Weights may lie in a file beside the graph by now, so their shape is changed by nodes.
+    """
     product = maker_of(index, node.input[0], "Mul") if node.op_type == "Add" else None
     shape = index.shape(node.output[0])
     if product is None or shape is None or len(shape) != 4:
@@ -201,12 +204,15 @@ def _one_affine(index: GraphIndex, node: onnx.NodeProto) -> bool:
         return False
     if product.input[0] in index.tensors or index.shape(product.input[0]) != shape:
         return False
-    numbers = [index.constant(name).reshape(-1) for name in names]
-    numbers += [np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)]
-    keys = ("scale", "shift", "mean", "variance")
-    inputs = [add(index, f"{node.output[0]}/{k}", v) for k, v in zip(keys, numbers, strict=True)]
-    inputs = [product.input[0], *inputs]
+    flat = add(index, f"{node.output[0]}/flat", np.array([-1], np.int64))
+    steps = [
+        node_of(node, "Reshape", [name, flat], [f"{node.output[0]}/{key}"], f"{node.name}/{key}")
+        for name, key in zip(names, ("scale", "shift"), strict=True)
+    ]
+    mean = add(index, f"{node.output[0]}/mean", np.zeros(shape[1], np.float32))
+    variance = add(index, f"{node.output[0]}/variance", np.ones(shape[1], np.float32))
+    inputs = [product.input[0], steps[0].output[0], steps[1].output[0], mean, variance]
     norm = node_of(node, "BatchNormalization", inputs, node.output, node.name, epsilon=0.0)
-    replace(index, node, [norm])
+    replace(index, node, [*steps, norm])
     replace(index, product, [])
     return True

@@ -27,17 +27,32 @@ POSITIVE = 0.4  # share of pixels that end up above zero on the seed's own image
 
 @torch.no_grad()
 def seed_weights(model: N, seed: int) -> N:
-    """Fill a model in place, reproducibly for a given torch version; returns it in eval mode."""
+    """Fill a model in place, reproducibly for a given torch version; returns it in eval mode.
+
+    Forwards run on one thread: sums are rounded in another order by two.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         _fill(name, parameter, generator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _settle(model, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _settle(model: N, seed: int) -> N:
+    """Statistics of norms, and the threshold, from the seed's own images."""
     host = host_inputs(model, _SEEN, seed)
     inputs = [host[name] for name in HOST]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average, so one forward sets the statistics
-    model.train()
+    model.eval()  # a dropout would make every call's weights others
+    for norm in norms:
+        norm.train()
     model(*inputs)
     for norm in norms:
         norm.momentum = 0.1

@@ -204,7 +204,7 @@ def affine(shift: tuple[int, ...]) -> onnx.ModelProto:
 def test_a_number_per_channel_times_and_plus_is_one_pass() -> None:
     model = affine((5, 1, 1))
     assert checked(model, {"x": (2, 5, 3, 4)}) < 1e-6
-    assert kinds(model) == ["BatchNormalization"]
+    assert kinds(model) == ["Reshape", "Reshape", "BatchNormalization"]
 
 
 def test_what_is_no_affine_of_channels_stays() -> None:
