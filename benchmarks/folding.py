@@ -2,14 +2,16 @@
 
     python -m refedge.benchmarks.folding slvit:paper lts:tiny ... -o RESULT.json
         [--plan fp32 --plan int8] [--threads 1 --threads 2] [--rounds 20] [--work out/folding]
+        [--no-alone]
 
 Each model is exported several times, to bundles that are kept in ``--work``: ``before`` without
 any rewrite of docs/folding.md, ``after`` with all that pay, and one with each alone, which is timed
-in fp32 on one thread. Both clocks are kept: ``wall`` is what a user waits, ``cpu`` what the process
-worked, which neighbours on the machine disturb less. ``new`` is an expression about a known model
-and a new picture, ``kept`` the same when its text is in the cache. A block is everything of the
-modules around an attention to words, cut out of either graph and fed with the tensors that it sees
-in a whole run; blocks are cut in fp32 alone. In int8 the scores are floored on both sides.
+in fp32 on one thread (``--no-alone`` leaves these out). Both clocks are kept: ``wall`` is what a
+user waits, ``cpu`` what the process worked, which neighbours on the machine disturb less. ``new``
+is an expression about a known model and a new picture, ``kept`` the same when its text is in the
+cache. A block is everything of the modules around an attention to words, cut out of either graph
+and fed with the tensors that it sees in a whole run; blocks are cut in fp32 alone. In int8 the
+scores are floored on both sides.
 """
 
 from __future__ import annotations
@@ -200,11 +202,11 @@ def branch_of(node: str) -> str:
     return module[: module.index(".fusion") + len(".fusion")] if ".fusion" in module else module
 
 
-def prepare(name: str, work: Path, plans: Iterable[str]) -> dict[str, Path]:
+def prepare(name: str, work: Path, plans: Iterable[str], each: bool = True) -> dict[str, Path]:
     """Bundles of a model, ``tiny`` or ``paper`` such as ``lts:paper``, by variant; by the command,
     because this room exports nothing itself."""
     variants: dict[str, list[str]] = {"before": ["--no-fold"], "after": []}
-    variants |= {rewrite: ["--rewrite", rewrite] for rewrite in REWRITES}
+    variants |= {rewrite: ["--rewrite", rewrite] for rewrite in REWRITES if each}
     paths = {v: work / f"{name.replace(':', '-')}-{v}.refedge" for v in variants}
     for variant, options in variants.items():
         path = paths[variant]
@@ -305,6 +307,7 @@ def _total(blocks: list[dict[str, Any]]) -> dict[str, Any]:
 @click.option("--threads", multiple=True, type=int, default=(1, 2), show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out/folding"))
+@click.option("--alone/--no-alone", "by_itself", default=True, help="Each rewrite by itself too.")
 def main(
     models: tuple[str, ...],
     output: Path,
@@ -312,6 +315,7 @@ def main(
     threads: tuple[int, ...],
     rounds: int,
     work: Path,
+    by_itself: bool,
 ) -> None:
     """Compare models with and without the rewrites."""
     work.mkdir(parents=True, exist_ok=True)
@@ -319,7 +323,7 @@ def main(
     each: dict[str, Any] = {}
     record = {"schema": SCHEMA, "rounds": rounds, "device": describe(), "rows": rows, "alone": each}
     for model in models:
-        paths = prepare(model, work, plans)
+        paths = prepare(model, work, plans, by_itself)
         for plan in plans:
             for count in threads:
                 rows.append(measure(paths["before"], paths["after"], plan, rounds, count))
