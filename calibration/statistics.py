@@ -125,6 +125,7 @@ def _session(
         )
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False  # which every session would keep at its largest
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     raw = changed.SerializeToString()
