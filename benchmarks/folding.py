@@ -41,6 +41,7 @@ from .timing import take_turns, task_for
 
 SCHEMA = "refedge-folding-2"
 REWRITES = ("norm", "heads", "squeeze", "floor")
+BLOCK_ROUNDS = 40  # at least; blocks are short
 SAMPLES = 8  # that int8 is calibrated with; what is timed does not depend on them
 MODULE = "refedge.module"
 Arrays = dict[str, npt.NDArray[Any]]
@@ -234,7 +235,7 @@ def measure(before: Path, after: Path, plan: str, rounds: int, threads: int = 1)
         name: in_turns({n: rows[name] for n, rows in both.items()}, rounds)
         for name in both["before"]
     }
-    blocks = _blocks(bundles, sides, rounds, threads) if plan == "fp32" else []
+    blocks = _blocks(bundles, sides, max(rounds, BLOCK_ROUNDS), threads) if plan == "fp32" else []
     return {
         "model": bundles["after"].manifest.model,
         "plan": plan,
@@ -242,12 +243,17 @@ def measure(before: Path, after: Path, plan: str, rounds: int, threads: int = 1)
         "task": sides["after"].task,
         "bundles": {n: b.manifest.digest for n, b in bundles.items()},
         "graphs": {n: s.hashes for n, s in sides.items()},
-        "mask_iou": float((masks[0] & masks[1]).sum() / max(1, (masks[0] | masks[1]).sum())),
+        "mask_iou": _iou(*masks),
         "load_average": list(os.getloadavg()),
         "stages": timed,
         "branch": _total(blocks),
         "blocks": blocks,
     }
+
+
+def _iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+    union = int((a | b).sum())
+    return float((a & b).sum() / union) if union else 1.0
 
 
 def _blocks(
