@@ -221,6 +221,8 @@ def _scale_constants(
     same, takes, gives = _links(index, node)
     reads = [factors[n][1] for n, _ in takes if n in factors]
     axis, writes = factors.get(node.output[0], (0, None)) if same or gives else (0, None)
+    if not reads and writes is None:
+        return
     if node.op_type == "Conv" and takes:
         weight = _real(index, node.input[1])
         if reads:

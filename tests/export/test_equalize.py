@@ -236,6 +236,14 @@ def test_shared_constants_stay_what_they_were() -> None:
     np.testing.assert_allclose(got["y"], wanted["y"], rtol=1e-5, atol=1e-5)
 
 
+def test_what_no_factor_touches_stays_byte_by_byte() -> None:
+    """Weights that two convolutions share are not split by factors elsewhere, or by none."""
+    nodes, shapes = ODD["shared weights, one map with a reader of its own"]
+    constants = {name: weights(*shape) for name, shape in shapes.items()}
+    model = small(nodes, {"x": ("batch", 3, 6, 6)}, ["y"], constants)
+    assert equalize(model, []) == model
+
+
 def test_a_block_of_attention_is_still_one_node() -> None:
     """Dialects with the plugin fuse what equalization has gone over."""
     model = mask_part(folded=False)
