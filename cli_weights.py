@@ -132,7 +132,7 @@ def convert(
 @click.option("--seed", type=int, default=0, help="Of the weights of a configuration.")
 @click.option("--fold/--no-fold", default=True, help="Apply rewrites that pay; or none.")
 @click.option("--rewrite", "chosen", multiple=True, help="Of these alone: norm, heads, ….",
-              type=click.Choice(("norm", "heads", "squeeze", "floor")))  # fmt: skip
+              type=click.Choice(("norm", "heads", "squeeze", "ort")))  # fmt: skip
 @click.option("--triton", type=click.Path(path_type=Path), help="MODEL is a bundle: serve it.")
 @click.option("--plan", default="fp32", show_default=True, help="Of --triton.")
 @click.option("--engines", help="Of --triton: a folder below engines/, in place of ONNX.")

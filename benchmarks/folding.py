@@ -10,8 +10,8 @@ in fp32 on one thread (``--no-alone`` leaves these out). Both clocks are kept: `
 user waits, ``cpu`` what the process worked, which neighbours on the machine disturb less. ``new``
 is an expression about a known model and a new picture, ``kept`` the same when its text is in the
 cache. A block is everything of the modules around an attention to words, cut out of either graph
-and fed with the tensors that it sees in a whole run; blocks are cut in fp32 alone. In int8 the
-scores are floored on both sides.
+and fed with the tensors that it sees in a whole run; blocks are cut in fp32 alone. In int8 both
+sides have the forms that ONNX Runtime likes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .device import describe
 from .timing import take_turns, task_for
 
 SCHEMA = "refedge-folding-2"
-REWRITES = ("norm", "heads", "squeeze", "floor")
+REWRITES = ("norm", "heads", "squeeze", "ort")
 BLOCK_ROUNDS = 40  # at least; blocks are short
 SAMPLES = 8  # that int8 is calibrated with; what is timed does not depend on them
 MODULE = "refedge.module"
@@ -203,11 +203,11 @@ def branch_of(node: str) -> str:
     return module[: module.index(".fusion") + len(".fusion")] if ".fusion" in module else module
 
 
-def prepare(name: str, work: Path, plans: Iterable[str], each: bool = True) -> dict[str, Path]:
+def prepare(name: str, work: Path, plans: Iterable[str], by_itself: bool) -> dict[str, Path]:
     """Bundles of a model, ``tiny`` or ``paper`` such as ``lts:paper``, by variant; by the command,
     because this room exports nothing itself."""
     variants: dict[str, list[str]] = {"before": ["--no-fold"], "after": []}
-    variants |= {rewrite: ["--rewrite", rewrite] for rewrite in REWRITES if each}
+    variants |= {rewrite: ["--rewrite", rewrite] for rewrite in REWRITES if by_itself}
     paths = {v: work / f"{name.replace(':', '-')}-{v}.refedge" for v in variants}
     for variant, options in variants.items():
         path = paths[variant]

@@ -133,9 +133,11 @@ def affine(channels: int, height: int, width: int) -> Pair:
 
 
 def _shares(few: int, many: int) -> npt.NDArray[np.float32]:
-    """What each of ``many`` pixels takes of each of ``few``, [many, few]."""
-    place = ((np.arange(many) + 0.5) * few / many - 0.5).clip(0, few - 1)
-    return np.asarray((1.0 - np.abs(place[:, None] - np.arange(few))).clip(0.0, None), np.float32)
+    """What each of ``many`` pixels takes of each of ``few``, [many, few]: single pixels resized."""
+    alone, by = np.eye(few, dtype=np.float32)[None, None], np.array([1, 1, 1, many / few])
+    resize = _session('y = Resize<mode = "linear">(x, , by)', {"x": alone}, {"by": np.float32(by)})
+    found: npt.NDArray[np.float32] = resize(["y"], {"x": alone})[0]
+    return np.ascontiguousarray(found[0, 0].T)
 
 
 def _session(body: str, inputs: Values, constants: Values) -> Any:

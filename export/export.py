@@ -34,7 +34,7 @@ from .weights import split_weights
 from .words import Fold, fold_words
 
 PROFILE = (1, 1, 16)
-REWRITES = ("norm", "heads", "squeeze", "floor")
+REWRITES = ("norm", "heads", "squeeze", "ort")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "tokenizers")
 
 
@@ -72,7 +72,7 @@ def export(
             weights.append(f"graphs/{name}")
             canonical[part.name] = _add_graph(writer, model, part.name)
             dialect = mark(model, "ort", "fp32")
-            if "floor" in rewrites:
+            if "ort" in rewrites:
                 for_ort(dialect)
             ort[part.name] = _add_graph(writer, dialect, f"{part.name}.ort.fp32")
         say("measuring parity")

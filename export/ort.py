@@ -11,19 +11,17 @@ from .rewrite import add, declare, maker_of, node_of, only, replace, rewrite
 
 _MASKED = -1e3  # what a masked score is at most
 _FLOOR = -30.0  # below the largest score; exp(-30) = 9e-14 is nothing beside 1 in float32
+_CENTRES = (b"half_pixel", b"pytorch_half_pixel")  # where Resize says that pixels have centres
 
 
 def for_ort(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Apply all rules until none fits any more; changes the model in place."""
-    rules = (
-        _floor_scores,
-        _pixels_by_rows,
-        _upsample_by_products,
-        _sum_last,
-        _one_product,
-        _one_affine,
-    )
-    return rewrite(model, rules)
+    """Apply all rules until none fits any more; changes the model in place.
+
+    The rules for integers read weights, which lie beside a float graph by now.
+    """
+    integers = (_pixels_by_rows, _upsample_by_products, _sum_last, _one_product)
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    return rewrite(model, (_floor_scores, *(integers if quantized else ()), _one_affine))
 
 
 def _floor_scores(index: GraphIndex, node: onnx.NodeProto) -> bool:
@@ -59,7 +57,7 @@ def _pixels_by_rows(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """``quantize(turned(x) - mean)``, x a picture channels last, the mean a number per channel.
 
     ONNX Runtime moves the turn behind the difference, where three numbers then repeat along the
-    last axis; a row of the picture at a time takes a twentieth of that.
+    last axis; a row of the picture at a time takes less (``benchmarks/forms.py``).
     """
     chain, name = [], node.input[0] if node.op_type == "QuantizeLinear" else ""
     while (step := index.maker.get(name)) is not None and step.op_type in ("Mul", "Sub", "Add"):
@@ -131,9 +129,6 @@ def _upsample_by_products(index: GraphIndex, node: onnx.NodeProto) -> bool:
     return True
 
 
-_CENTRES = (b"half_pixel", b"pytorch_half_pixel")
-
-
 def _shares(few: int, many: int) -> npt.NDArray[np.float32]:
     """What each of ``many`` pixels takes of each of ``few``, [many, few]; pixels have centres."""
     place = ((np.arange(many) + 0.5) * few / many - 0.5).clip(0, few - 1)
@@ -171,7 +166,10 @@ def _one_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
     if len(terms) != len(found) or len({*node.input}) < 2:
         return False
     (left, right), out = (t.input for t in terms), node.output[0]
-    shapes = [index.shape(t.input[1]) or () for t in terms]
+    known = [index.shape(t.input[1]) for t in terms]
+    shapes = [shape for shape in known if shape is not None]
+    if len(shapes) < len(known):
+        return False
     matrices = [index.constant(t.input[0]) for t in terms]
     if len({(s[:-2], s[-1:]) for s in shapes}) > 1 or matrices[0].shape[0] != matrices[1].shape[0]:
         return False
@@ -193,7 +191,7 @@ def _one_product(index: GraphIndex, node: onnx.NodeProto) -> bool:
 def _one_affine(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """``x * scale + shift``, a number each per channel, in one pass: a batch norm of no effect.
 
-    Weights may lie in a file beside the graph by now, so their shape is changed by nodes.
+    Nodes change the shape of both, whose values may lie beside the graph.
     """
     product = maker_of(index, node.input[0], "Mul") if node.op_type == "Add" else None
     shape = index.shape(node.output[0])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from refedge.export.ort import for_ort
+from refedge.export.weights import split_weights
 
 from .small_graphs import node, run, small
 
@@ -186,6 +187,33 @@ def test_a_sum_of_upsampled_maps_is_one_product(batch: int) -> None:
     assert checked(model, shapes) < 1e-6
     found = kinds(model)
     assert [found.count(k) for k in ("MatMul", "Concat", "Add", "Resize")] == [4, 1, 1, 0]
+
+
+def test_products_of_floats_stay_though_their_weights_lie_elsewhere() -> None:
+    rng = np.random.default_rng(0)
+    model = small(
+        [
+            node("MatMul", ["a", "x"], "u"),
+            node("MatMul", ["b", "y"], "v"),
+            node("Add", ["u", "v"], "z"),
+        ],
+        {"x": ("batch", 32, 4), "y": ("batch", 32, 4)},
+        ["z"],
+        {n: rng.normal(size=(32, 32)).astype(np.float32) for n in ("a", "b")},
+    )
+    split_weights(model)
+    assert kinds(for_ort(model)) == ["MatMul", "MatMul", "Add"]
+
+
+def test_a_sum_of_products_of_unknown_shape_stays() -> None:
+    model = upsampled(3, 2)
+    products = [node("MatMul", ["m", "x/real"], "u"), node("MatMul", ["m", "x/again"], "v")]
+    again = node("DequantizeLinear", ["x/int8", "step", "zero"], "x/again")
+    del model.graph.node[2:]
+    model.graph.node.extend([again, *products, node("Add", ["u", "v"], "z")])
+    model.graph.initializer.append(numpy_helper.from_array(np.eye(3, dtype=np.float32), "m"))
+    del model.graph.value_info[:]
+    assert kinds(for_ort(model))[-3:] == ["MatMul", "MatMul", "Add"]
 
 
 def affine(shift: tuple[int, ...]) -> onnx.ModelProto:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from refedge.models.examples import host_inputs
 from refedge.models.lavt import LAVT
 from refedge.models.lavt import TINY as LAVT_TINY
-from refedge.models.parts import Network
+from refedge.models.parts import HOST, Network
 from refedge.models.seeded import POSITIVE, seed_weights
 from torch import Tensor, nn
 
@@ -34,9 +35,6 @@ def test_threads_are_given_back() -> None:
 
 
 def test_norms_have_seen_a_forward_and_the_mask_is_neither_empty_nor_full() -> None:
-    from refedge.models.examples import host_inputs
-    from refedge.models.parts import HOST
-
     model, state = weights(0)
     assert any(not torch.all(v == 0) for n, v in state.items() if n.endswith("running_mean"))
     host = host_inputs(model, 6, 0)
