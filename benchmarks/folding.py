@@ -7,20 +7,20 @@
 Each model is exported several times, to bundles that are kept in ``--work``: ``before`` without
 any rewrite of docs/folding.md, ``after`` with all that pay, and one with each alone, which is timed
 in fp32 on one thread (``--no-alone`` leaves these out). Both clocks are kept: ``wall`` is what a
-user waits, ``cpu`` what the process worked, which neighbours on the machine disturb less. ``new``
-is an expression about a known model and a new picture, ``kept`` the same when its text is in the
-cache. A block is everything of the modules around an attention to words, cut out of either graph
-and fed with the tensors that it sees in a whole run; blocks are cut in fp32 alone. In int8 both
-sides have the forms that ONNX Runtime likes.
+user waits, ``cpu`` what the process worked, which neighbours on the machine disturb less. A part
+whose graph is the same on both sides is timed once, for both. ``new`` is an expression that was not
+asked before about a new picture, ``kept`` one whose text is in the cache, ``again`` a new one about
+a picture in the cache; each is the sum of its parts in a round. A block is everything of the
+modules around an attention to words, cut out of either graph and fed with the tensors that it sees
+in a whole run; blocks are cut in fp32 alone. In int8 both sides have the forms that ONNX Runtime
+likes.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,15 +37,14 @@ from ..runtime.files import write_json
 from ..runtime.preprocess import open_photo, to_pixels
 from ..runtime.tokenizer import ExpressionTokenizer
 from .device import describe
-from .timing import take_turns, task_for
+from .timing import Clocks, clocked, summary, task_for
 
-SCHEMA = "refedge-folding-2"
+SCHEMA = "refedge-folding-3"
 REWRITES = ("norm", "heads", "squeeze", "ort")
 BLOCK_ROUNDS = 40  # at least; blocks are short
 SAMPLES = 8  # that int8 is calibrated with; what is timed does not depend on them
 MODULE = "refedge.module"
 Arrays = dict[str, npt.NDArray[Any]]
-Clocks = dict[str, list[float]]
 
 
 class _Side:
@@ -75,17 +74,6 @@ class _Side:
     def run(self, part: str) -> Arrays:
         """Outputs of a part by name."""
         return self.parts[part].run({name: self.known[name] for name in self.inputs[part]})
-
-    def stages(self) -> dict[str, Callable[[], object]]:
-        """Each part, and an expression that is new or kept."""
-        kept = [part for part in self.parts if part != "text"]
-        rows: dict[str, tuple[str, ...]] = {part: (part,) for part in self.parts}
-        rows |= {"new": tuple(self.parts), "kept": tuple(kept)}
-        return {name: partial(self._several, row) for name, row in rows.items()}
-
-    def _several(self, parts: Iterable[str]) -> None:
-        for part in parts:
-            self.run(part)
 
 
 @dataclass
@@ -159,42 +147,35 @@ def session_of(raw: bytes, threads: int) -> Callable[[list[str], Arrays], list[n
     return run
 
 
-def in_turns(
-    runs: Mapping[str, Callable[[], object]],
-    rounds: int,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda i: i,
-) -> dict[str, dict[str, Any]]:
-    """Milliseconds of each, on both clocks; an untimed run goes before every timed one.
+def stages(sides: Mapping[str, _Side], rounds: int) -> dict[str, Any]:
+    """Each part, and expressions as sums of parts."""
+    first = next(iter(sides))
+    parts = tuple(sides[first].parts)
+    spent = clocked(
+        {
+            (part, name): partial(side.run, part)
+            for part in parts
+            for name, side in sides.items()
+            if name == first or side.hashes[part] != sides[first].hashes[part]
+        },
+        rounds,
+    )
 
-    ``speedup``: the median over rounds of the first one's time divided by its own.
-    """
-    spent: dict[str, Clocks] = {name: {"wall": [], "cpu": []} for name in runs}
-
-    def turn(name: str) -> Callable[[int], None]:
-        def take(_: int) -> None:
-            runs[name]()
-            wall, cpu = time.perf_counter(), time.process_time()
-            runs[name]()
-            spent[name]["cpu"].append((time.process_time() - cpu) * 1e3)
-            spent[name]["wall"].append((time.perf_counter() - wall) * 1e3)
-
-        return take
-
-    take_turns({name: turn(name) for name in runs}, rounds, progress)
-    base = next(iter(runs))
-    return {
-        name: {
-            clock: {
-                "least": min(samples),
-                "median": statistics.median(samples),
-                "speedup": statistics.median(
-                    b / a for a, b in zip(samples, spent[base][clock], strict=True)
-                ),
+    def sums(chain: Iterable[str]) -> dict[str, Clocks]:
+        found: dict[str, Clocks] = {}
+        for name in sides:
+            clocks = [spent.get((part, name)) or spent[part, first] for part in chain]
+            found[name] = {
+                clock: [sum(turn) for turn in zip(*(c[clock] for c in clocks), strict=True)]
+                for clock in ("wall", "cpu")
             }
-            for clock, samples in clocks.items()
-        }
-        for name, clocks in spent.items()
-    }
+        return found
+
+    chains: dict[str, tuple[str, ...]] = {part: (part,) for part in parts}
+    chains |= {"new": parts, "kept": tuple(p for p in parts if p != "text")}
+    if "image" in parts:
+        chains["again"] = tuple(p for p in parts if p != "image")
+    return {name: summary(sums(chain)) for name, chain in chains.items()}
 
 
 def branch_of(node: str) -> str:
@@ -230,11 +211,6 @@ def measure(before: Path, after: Path, plan: str, rounds: int, threads: int = 1)
     sides = {name: _Side(bundle, plan, threads) for name, bundle in bundles.items()}
     logits = [side.known["logits"] for side in sides.values()]
     masks = [a > 0 for a in logits]
-    both = {n: side.stages() for n, side in sides.items()}
-    timed = {
-        name: in_turns({n: rows[name] for n, rows in both.items()}, rounds)
-        for name in both["before"]
-    }
     blocks = _blocks(bundles, sides, max(rounds, BLOCK_ROUNDS), threads) if plan == "fp32" else []
     return {
         "model": bundles["after"].manifest.model,
@@ -245,7 +221,7 @@ def measure(before: Path, after: Path, plan: str, rounds: int, threads: int = 1)
         "graphs": {n: s.hashes for n, s in sides.items()},
         "mask_iou": _iou(*masks),
         "load_average": list(os.getloadavg()),
-        "stages": timed,
+        "stages": stages(sides, rounds),
         "branch": _total(blocks),
         "blocks": blocks,
     }
@@ -270,7 +246,7 @@ def _blocks(
         found = [dict(zip(cut.outputs, cut.run(), strict=True)) for cut in (old, new)]
         pairs = [(found[0][o], found[1][o]) for o in old.outputs if o in new.outputs]
         differ = max((float(np.abs(a - 1.0 * b).max()) for a, b in pairs), default=0.0)
-        row = in_turns({"before": old.run, "after": new.run}, rounds)
+        row = summary(clocked({"before": old.run, "after": new.run}, rounds))
         blocks.append({"branch": prefix, "fold": fold, "differ": differ, "ms": row})
     return blocks
 

@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from ..runtime.files import write_json
 from .device import describe
-from .folding import in_turns, session_of
+from .folding import session_of
+from .timing import clocked, summary
 
 SCHEMA = "refedge-forms-1"
 Values = dict[str, Any]  # arrays and scalars of numpy, by name
@@ -164,7 +165,8 @@ def measure(pairs: tuple[Pair, ...], rounds: int) -> list[dict[str, Any]]:
     for pair in pairs:
         runs = {n: _session(body, pair.inputs, pair.constants) for n, body in pair.forms.items()}
         found = [run(["y"], pair.inputs)[0].astype(np.float64) for run in runs.values()]
-        row = in_turns({n: partial(run, ["y"], pair.inputs) for n, run in runs.items()}, rounds)
+        spent = clocked({n: partial(run, ["y"], pair.inputs) for n, run in runs.items()}, rounds)
+        row = summary(spent)
         differ = float(np.abs(found[0] - found[1]).max())
         rows.append({"name": pair.name, "differ": differ, "ms": row})
     return rows

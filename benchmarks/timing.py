@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,10 @@ SEED = 0  # index of the test scene
 WINDOW = 5  # runs whose median is compared with that of the runs before
 WITHIN = 0.05
 AT_MOST = 50  # runs
+SHORT = 100.0  # milliseconds; shorter runs are preceded by an untimed one
 
+Clocks = dict[str, list[float]]  # ``wall`` and ``cpu``, milliseconds
+Key = TypeVar("Key", bound=Hashable)
 Samples = dict[str, list[float]]  # stages, ``uncached`` and ``cached``
 
 
@@ -102,7 +106,7 @@ def warm_up(run: Callable[[], float]) -> int:
 
 
 def take_turns(
-    turns: Mapping[str, Callable[[int], None]],
+    turns: Mapping[Key, Callable[[int], None]],
     rounds: int,
     progress: Callable[[Iterable[int]], Iterable[int]],
 ) -> None:
@@ -112,3 +116,47 @@ def take_turns(
         first = index % len(names)
         for name in names[first:] + names[:first]:
             turns[name](index)
+
+
+def clocked(
+    runs: Mapping[Key, Callable[[], object]],
+    rounds: int,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda i: i,
+) -> dict[Key, Clocks]:
+    """Milliseconds of each in turns, on both clocks.
+
+    An untimed run goes before every short one, whose inputs others drove out of the caches.
+    """
+    spent: dict[Key, Clocks] = {key: {"wall": [], "cpu": []} for key in runs}
+
+    def turn(key: Key) -> Callable[[int], None]:
+        def take(_: int) -> None:
+            if not spent[key]["wall"] or spent[key]["wall"][-1] < SHORT:
+                runs[key]()
+            wall, cpu = time.perf_counter(), time.process_time()
+            runs[key]()
+            spent[key]["cpu"].append((time.process_time() - cpu) * 1e3)
+            spent[key]["wall"].append((time.perf_counter() - wall) * 1e3)
+
+        return take
+
+    take_turns({key: turn(key) for key in runs}, rounds, progress)
+    return spent
+
+
+def summary(spent: Mapping[str, Clocks]) -> dict[str, dict[str, dict[str, float]]]:
+    """``speedup``: the median over rounds of the first one's time divided by its own."""
+    base = next(iter(spent.values()))
+    return {
+        name: {
+            clock: {
+                "least": min(samples),
+                "median": statistics.median(samples),
+                "speedup": statistics.median(
+                    b / a for a, b in zip(samples, base[clock], strict=True)
+                ),
+            }
+            for clock, samples in clocks.items()
+        }
+        for name, clocks in spent.items()
+    }

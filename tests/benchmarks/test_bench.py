@@ -20,7 +20,9 @@ from refedge.benchmarks.timing import (
     AT_MOST,
     STAGES,
     WINDOW,
+    clocked,
     run_once,
+    summary,
     take_turn,
     take_turns,
     task_for,
@@ -90,6 +92,29 @@ def test_everyone_takes_a_turn_in_each_round_and_another_one_begins() -> None:
     take_turns(turns, 4, iter)
     rounds = ["".join(n for i, n in seen if i == r) for r in range(4)]
     assert rounds == ["abc", "bca", "cab", "abc"]
+
+
+def test_short_runs_follow_an_untimed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that the runs themselves set, in seconds."""
+    now, runs = [0.0], {"short": 0, "long": 0}
+
+    def run(name: str, seconds: float) -> None:
+        now[0] += seconds
+        runs[name] += 1
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    found = clocked({"short": lambda: run("short", 0.05), "long": lambda: run("long", 0.5)}, 3)
+    assert runs == {"short": 6, "long": 4}
+    assert found["short"]["wall"] == pytest.approx([50.0] * 3)
+    assert found["long"]["wall"] == pytest.approx([500.0] * 3)
+    assert len(found["long"]["cpu"]) == 3
+
+
+def test_a_speedup_is_the_median_over_rounds() -> None:
+    before, after = [10.0, 40.0, 10.0], [5.0, 10.0, 10.0]
+    found = summary({"before": {"cpu": before}, "after": {"cpu": after}})
+    assert found["before"]["cpu"] == {"least": 10.0, "median": 10.0, "speedup": 1.0}
+    assert found["after"]["cpu"] == {"least": 5.0, "median": 10.0, "speedup": 2.0}
 
 
 def test_the_warm_up_ends_when_two_windows_agree() -> None:

@@ -48,3 +48,31 @@ def test_masks_that_are_both_empty_agree() -> None:
 def test_a_norm_outside_any_fusion_is_a_branch_of_its_own() -> None:
     assert folding.branch_of("a.fusion.att.norm/InstanceNormalization_2") == "a.fusion"
     assert folding.branch_of("a.att/InstanceNormalization") == "a.att"
+
+
+class Side:
+    """Parts that take no time, and how often each was run."""
+
+    def __init__(self, **hashes: str) -> None:
+        self.hashes, self.parts = hashes, dict.fromkeys(hashes)
+        self.runs: list[str] = []
+
+    def run(self, part: str) -> None:
+        self.runs.append(part)
+
+
+def test_a_part_that_is_the_same_is_timed_once_and_counts_for_both() -> None:
+    sides = {
+        "before": Side(text="a", image="b", mask="c"),
+        "after": Side(text="x", image="b", mask="z"),
+    }
+    found = folding.stages(sides, 3)  # type: ignore[arg-type]
+    assert set(sides["before"].runs) == {"text", "image", "mask"}
+    assert set(sides["after"].runs) == {"text", "mask"}
+    assert set(found) == {"text", "image", "mask", "new", "kept", "again"}
+    assert found["image"]["before"] == found["image"]["after"]
+    assert found["image"]["after"]["wall"]["speedup"] == 1.0
+    least = {name: row["after"]["wall"]["least"] for name, row in found.items()}
+    assert least["new"] >= least["text"] + least["image"] + least["mask"]
+    assert least["kept"] >= least["image"] + least["mask"]
+    assert least["again"] >= least["text"] + least["mask"]
