@@ -54,7 +54,10 @@ def steps(models: tuple[str, ...] = MODELS) -> list[Step]:
         Step("operators", ("-m", f"{GPU}.operators", "{out}", "{dry}"), 240, kit=True),
     ]
     if (ROOT / "tests/gpu").is_dir():  # a checkout, not an installed package
-        found.append(Step("kernels", ("-m", "refedge.tests.gpu.kernels", "{out}"), 300))
+        found += [
+            Step("kernels", ("-m", "refedge.tests.gpu.kernels", "{out}"), 300),
+            Step("sanitizer", ("-m", "refedge.tests.gpu.sanitized", "{out}", "{dry}"), 600),
+        ]
     for model in models:
         bundle = f"{{work}}/{model.replace(':', '-')}.refedge"
         name = model.replace(":", "-")

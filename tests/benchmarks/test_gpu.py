@@ -17,6 +17,7 @@ from refedge.benchmarks.gpu import operators, page, providers, run
 from refedge.benchmarks.gpu.machine import SHAPES
 from refedge.benchmarks.gpu.run import Step
 from refedge.models.families import family
+from refedge.tests.gpu import sanitized
 
 WRITE = "import sys; open(sys.argv[1], 'w').write('{{}}')"
 
@@ -192,3 +193,34 @@ def test_a_page_with_results(tmp_path: Path) -> None:
     assert "Not yet measured: the builder's smoke, fused kernels." in text
     (tmp_path / "gpu-engines-m.json").write_text(json.dumps(engines(False)))
     assert "| m | TensorRT fp16 | – | – |" in page.page(tmp_path), "seeded weights: no accuracy"
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "verdict"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "clean"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "clean"),
+        ("========= RACECHECK SUMMARY: 10 hazards displayed (0 errors, 10 warnings)", 0, "failed"),
+        ("========= ERROR SUMMARY: 2 errors", sanitized.FOUND, "errors"),
+        ("========= Error: Device not supported", 0, "failed"),
+        ("a check of our own failed", 1, "failed"),
+    ],
+)
+def test_a_sanitizer_that_did_not_look_is_no_success(
+    said: str, code: int, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = sanitized.sanitize("memcheck", [sys.executable])
+    assert (found["verdict"], found["exit"]) == (verdict, code)
+    assert said in str(found["said"])
+
+
+def test_without_a_sanitizer_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sanitized, "ELSEWHERE", str(tmp_path / "none"))
+    found = sanitized.sanitize("memcheck", [sys.executable])
+    assert found["verdict"] == "failed"
+    assert "No such file" in str(found["said"])

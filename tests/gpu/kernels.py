@@ -1,6 +1,6 @@
 """The fused operators on a GPU: right by float64, then timed beside what else there is.
 
-    python -m refedge.tests.gpu.kernels RESULT.json [--check]
+    python -m refedge.tests.gpu.kernels RESULT.json [--check] [--small]
 
 Every form runs inside one CUDA graph, over input sets that together do not fit the cache; figures
 are medians. ``copy`` moves as many bytes as the operator reads and writes, ``empty`` is a graph of
@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--check", action="store_true", help="No timing.")
+    parser.add_argument("--small", action="store_true", help="Odd shapes alone, one run each.")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing was checked or timed")
@@ -61,7 +62,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "architecture": kernels.architecture,
         "torch": torch.__version__,
-        "checks": list(checks(kernels)),
+        "checks": list(checks(kernels, HARD if options.small else {**SHAPES, **HARD})),
     }
     if not options.check:
         record["timings"] = list(timings(kernels))
@@ -84,26 +85,32 @@ def on_device(operator: str, feeds: list[np.ndarray], dtype: torch.dtype) -> tup
     return sizes, given, made
 
 
-def checks(kernels: Kernels) -> Iterator[dict[str, Any]]:
-    """Every shape in every type, twice: the error against float64, and equal bits."""
-    for name, (operator, *sizes) in {**SHAPES, **HARD}.items():
+def checks(kernels: Kernels, shapes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every shape in every type, cubins and PTX: the error against float64; twice, equal bits."""
+    for name, (operator, *sizes) in shapes.items():
         feeds = make(operator, (2, *sizes), seed=len(name))
         for dtype, bar in BARS.items():
             call, given, made = on_device(operator, feeds, getattr(torch, dtype))
-            run, _ = kernels.prepare(operator, call, given, made)
-            run()
-            torch.cuda.synchronize()
-            first = [t.clone() for t in made]
-            run()
-            torch.cuda.synchronize()
-            same = all(torch.equal(a, b) for a, b in zip(first, made, strict=True))
-            errors = [
-                float(np.linalg.norm(t.double().cpu().numpy() - v) / np.linalg.norm(v))
-                for t, v in zip(made, wanted(operator, feeds, dtype), strict=True)
-            ]
-            good = same and all(e <= bar for e in errors)  # NaN is not
-            yield {"shape": name, "dtype": dtype, "errors": errors, "same": same, "good": good}
-            print(f"{name:11} {dtype:9} {max(errors):.1e} {'' if good else 'BAD'}")
+            ways = {
+                "cubin": (kernels.prepare(operator, call, given, made)[0], made),
+                "ptx": kernels.prepare_chain(operator, given),
+            }
+            values = wanted(operator, feeds, dtype)
+            for way, (run, found) in ways.items():
+                run()
+                torch.cuda.synchronize()
+                first = [t.clone() for t in found]
+                run()
+                torch.cuda.synchronize()
+                same = all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+                errors = [
+                    float(np.linalg.norm(t.double().cpu().numpy() - v) / np.linalg.norm(v))
+                    for t, v in zip(found, values, strict=True)
+                ]
+                good = same and all(e <= bar for e in errors)  # NaN is not
+                row = {"shape": name, "dtype": dtype, "kernels": way}
+                yield {**row, "errors": errors, "same": same, "good": good}
+                print(f"{name:11} {dtype:9} {way:5} {max(errors):.1e} {'' if good else 'BAD'}")
 
 
 def timings(kernels: Kernels, dtype: torch.dtype = torch.float16) -> Iterator[dict[str, Any]]:

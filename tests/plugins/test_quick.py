@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from refedge.errors import EngineError
 from refedge.plugins import compile as compiling
 from refedge.plugins import native
 from refedge.plugins.quick import CHAINS, FLOAT32, PASSES, register
 
+from ..gpu.driver import Kernels
 from .emulated import (
     BARS,
     OPERATORS,
@@ -167,6 +169,43 @@ def test_moments_of_several_tiles_meet() -> None:
     value = wanted("NormAttention", feeds, "float32")[0]
     found = run("NormAttention", feeds, "float32")[0]
     assert np.linalg.norm(found - value) <= BARS["float32"] * np.linalg.norm(value)
+
+
+class Emulated(Kernels):
+    """The GPU checks' launcher, with this machine in the driver's place."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.ptx = native.ptx(90)
+        self.entries: list[bytes] = []
+
+    def _stream(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p()
+
+    def _call(self, name: str, *given: Any) -> None:
+        if name == "cuModuleLoadData":
+            assert given[1].endswith(b"}\n\0")
+        elif name == "cuModuleGetFunction":
+            assert f".entry {given[2].decode()}(" in self.ptx[given[2].decode()]
+            self.entries.append(given[2])
+            given[0]._obj.value = len(self.entries)
+        else:
+            function, x, y, z, threads, *_, shared, _, arguments, _ = given
+            assert (name, threads) == ("cuLaunchKernel", 256)
+            grid, entry = (ctypes.c_int * 3)(x, y, z), self.entries[function.value - 1]
+            assert library().refedge_quick(entry, arguments, grid, shared, 0) == 0
+
+
+@pytest.mark.parametrize("operator", list(CHAINS))
+def test_the_checks_on_a_gpu_launch_the_chain_so(operator: str) -> None:
+    feeds = make(operator, (2, 72, 40, 8, 2, 24))
+    given = [torch.from_numpy(v) for v in feeds]
+    given = [v if v.dtype == torch.bool else v.half() for v in given]
+    run_there, found = Emulated().prepare_chain(operator, given)
+    run_there()
+    for one, other in zip(found, run(operator, feeds, "float16"), strict=True):
+        np.testing.assert_array_equal(one.numpy(), other)
 
 
 @pytest.mark.parametrize("options", [{"shift": 1}, {"order": 1}, {"order": 2}])

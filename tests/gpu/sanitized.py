@@ -1,0 +1,62 @@
+"""The kernels under compute-sanitizer: memory, races, barriers, values that nobody wrote.
+
+    python -m refedge.tests.gpu.sanitized RESULT.json [--dry]
+
+``kernels --check --small`` runs once per tool. Where compute-sanitizer is missing, or refuses the
+device, the result says so: that is no success.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+NAMES = ("cross_", "norm_", "mutual_")  # of our kernels; torch's are not looked at
+FOUND = 9  # exit code for errors of the tool, apart from those of the checks themselves
+SECONDS = 240
+ELSEWHERE = "/usr/local/cuda/bin/compute-sanitizer"
+
+
+def sanitize(tool: str, program: list[str]) -> dict[str, object]:
+    """What a tool says of a program: ``clean``, ``errors``, or ``failed`` without an answer."""
+    started = shutil.which("compute-sanitizer") or ELSEWHERE
+    names = [word for name in NAMES for word in ("--kernel-name", f"kns={name}")]
+    command = [started, "--tool", tool, "--error-exitcode", str(FOUND), *names, *program]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        code, said = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired:
+        code, said = -1, f"ended after {SECONDS} s"
+    except OSError as error:
+        code, said = -1, str(error)
+    verdict = {0: "clean", FOUND: "errors"}.get(code, "failed")
+    if verdict == "clean" and "SUMMARY: 0 " not in said:
+        verdict = "failed"  # it ended well without having looked
+    spent = round(time.monotonic() - began, 1)
+    return {"tool": tool, "verdict": verdict, "exit": code, "seconds": spent, "said": said[-4000:]}
+
+
+def main(result: str, dry: str = "") -> int:
+    """Exit code 0 if every tool found nothing."""
+    if dry:
+        print("no GPU: nothing was looked at")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        checks = ["-m", "refedge.tests.gpu.kernels", f"{folder}/checks.json", "--check", "--small"]
+        found = [sanitize(tool, [sys.executable, *checks]) for tool in TOOLS]
+    record = {"schema": "refedge-gpu-sanitizer-1", "tools": found}
+    Path(result).write_text(json.dumps(record, indent=1) + "\n")
+    for row in found:
+        print(f"{row['tool']:10} {row['verdict']:7} {row['seconds']} s")
+    return 0 if all(row["verdict"] == "clean" for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
