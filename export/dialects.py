@@ -32,6 +32,7 @@ from .lower import to_opset_17
 from .ort import for_ort
 from .passes import split_passes
 from .qdq import write_qdq
+from .tables import store_tables
 
 DIALECTS = ("ort", "ort-u8u8", "trt10", "trt8")
 WITH_PLUGIN = {"trt10-plugin": "trt10", "trt8-plugin": "trt8", "trt10-quick": "trt10"}
@@ -73,6 +74,8 @@ def write_dialect(
         fusions = fuse(fused)
         model = fused
     out = write_qdq(model, part, unsigned=ort, stored=ort, unsigned_weights=dialect == "ort-u8u8")
+    if ort and part.weights:
+        store_tables(out)
     sidecar = b""
     if family == "trt10" and plan.rest == "fp16":
         out = to_half(out, part.high)
