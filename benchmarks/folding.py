@@ -205,13 +205,16 @@ def _refedge(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "refedge.cli", *arguments], check=True)
 
 
-def measure(before: Path, after: Path, plan: str, rounds: int, threads: int = 1) -> dict[str, Any]:
-    """Two bundles of one model; a row for the result file."""
+def measure(
+    before: Path, after: Path, plan: str, rounds: int, threads: int = 1, *, cut: bool = True
+) -> dict[str, Any]:
+    """Two bundles of one model; a row for the result file. cut: with single blocks, in fp32."""
     bundles = {"before": open_bundle(before), "after": open_bundle(after)}
     sides = {name: _Side(bundle, plan, threads) for name, bundle in bundles.items()}
     logits = [side.known["logits"] for side in sides.values()]
     masks = [a > 0 for a in logits]
-    blocks = _blocks(bundles, sides, max(rounds, BLOCK_ROUNDS), threads) if plan == "fp32" else []
+    cut = cut and plan == "fp32"
+    blocks = _blocks(bundles, sides, max(rounds, BLOCK_ROUNDS), threads) if cut else []
     return {
         "model": bundles["after"].manifest.model,
         "plan": plan,
@@ -268,7 +271,7 @@ def alone(paths: Mapping[str, Path], rounds: int) -> dict[str, Any]:
         if files[0] == files[1]:
             rows[variant] = {}
             continue
-        row = measure(paths["before"], path, "fp32", rounds)
+        row = measure(paths["before"], path, "fp32", rounds, cut=False)
         rows[variant] = {"graphs": row["graphs"], "stages": row["stages"]}
     return rows
 

@@ -1,9 +1,9 @@
-"""The tables of the README, made from the records under ``benchmarks/results/``.
+"""The tables of the README and of docs/folding.md, made from ``benchmarks/results/``.
 
     python -m refedge.benchmarks.tables
 
-writes them between the README's ``<!-- table: name -->`` and ``<!-- end -->``; a test holds the
-README against the records.
+writes them between a page's ``<!-- table: name -->`` and ``<!-- end -->``; a test holds the
+pages against the records.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .timing import CACHED, PARTS, UNCACHED
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = Path(__file__).parent.parent / "models" / "checkpoints"
 README = Path(__file__).parent.parent / "README.md"
+PAGES = (README, README.parent / "docs" / "folding.md")
 PLANS = ("torch", "fp32", "fp16", "int8")
 
 
@@ -118,21 +119,67 @@ def scenes(results: Path = RESULTS) -> str:
     return _table(header, rows)
 
 
+def _rewritten(results: Path) -> Iterator[dict[str, Any]]:
+    """The records of ``benchmarks.folding``: all models at paper size, then tiny."""
+    for size in ("paper", "tiny"):
+        yield json.loads((results / f"folding-{size}.json").read_bytes())
+
+
+def _gain(row: dict[str, Any], stage: str, clock: str) -> str:
+    """How many times as fast; ``same`` where both sides have the same graph."""
+    if stage not in row["stages"]:
+        return "-"
+    hashes = [row["graphs"][side].get(stage) for side in ("before", "after")]
+    if hashes[0] is not None and hashes[0] == hashes[1]:
+        return "same"
+    return f"{row['stages'][stage]['after'][clock]['speedup']:.2f}"
+
+
 def folding(results: Path = RESULTS) -> str:
-    """How many times as fast the exact rewrites make a model, by processor time."""
-    shown = ("text", "mask", "new", "kept")
+    """How many times as fast all exact rewrites make a model."""
+    stages = (*PARTS, "new", "kept", "again")
     rows = []
-    for _, found in _records("folding-*.json", results):
-        for row in found.get("rows", ()):  # earlier records are of one model and have none
-            folds = [block["fold"]["folded"] for block in row["blocks"]]
-            gains = [row["stages"][stage]["after"]["cpu"]["speedup"] for stage in shown]
-            blocks = f"{sum(folds)} of {len(folds)}" if row["plan"] == "fp32" else "-"
-            branch = f"{row['branch']['cpu']['speedup']:.2f}" if row["branch"] else "-"
-            graph = _short(row["graphs"]["before"]["mask"])
-            name = [row["model"], row["plan"], str(row["threads"]), blocks, branch]
-            rows.append([*name, *(f"{gain:.2f}" for gain in gains), graph])
-    header = ("model", "plan", "threads", "folded", "branch", *shown, "mask graph before")
+    for row in (row for record in _rewritten(results) for row in record["rows"]):
+        clock = "cpu" if row["threads"] == 1 else "wall"
+        done = [block["fold"]["folded"] for block in row["blocks"]]
+        folded = f"{sum(done)} of {len(done)}" if row["plan"] == "fp32" else "-"
+        branch = f"{row['branch'][clock]['speedup']:.2f}" if row["branch"] else "-"
+        name = [row["model"], row["plan"], str(row["threads"]), folded, branch]
+        rows.append([*name, *(_gain(row, stage, clock) for stage in stages)])
+    return _table(("model", "plan", "threads", "folded", "blocks", *stages), rows)
+
+
+def blocks(results: Path = RESULTS) -> str:
+    """What the cost model said of blocks of one shape, and what they took: fp32, one thread."""
+    groups: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
+    for row in (row for record in _rewritten(results) for row in record["rows"]):
+        for block in row["blocks"] if row["threads"] == 1 else ():
+            fold, shape = block["fold"], block["fold"]["block"]
+            said = re.match(r"estimated (\d+) µs folded, (\d+) µs as it was", fold["why"])
+            if said is None:
+                continue
+            spent = (block["ms"][side]["cpu"]["median"] for side in ("before", "after"))
+            sizes = f"{shape['pixels']} x {shape['words']}, {shape['channels']}"
+            key: tuple[str, ...] = (row["model"], sizes, "folded" if fold["folded"] else "left")
+            groups.setdefault(key, []).append((int(said[2]) / 1e3, int(said[1]) / 1e3, *spent))
+    rows = []
+    for key, found in groups.items():
+        mean = [sum(column) / len(found) for column in zip(*found, strict=True)]
+        pairs = (f"{a:.2f} → {b:.2f} ({a / b:.2f})" for a, b in (mean[:2], mean[2:]))
+        rows.append([*key, str(len(found)), *pairs])
+    header = ("model", "pixels x words, channels", "", "blocks", "estimated, ms", "measured, ms")
     return _table(header, rows)
+
+
+def alone(results: Path = RESULTS) -> str:
+    """Each rewrite by itself, where it changes a graph: fp32, one thread."""
+    stages = ("text", "mask", "new")
+    rows = []
+    for model, each in (item for r in _rewritten(results) for item in r["alone"].items()):
+        for rewrite, row in each.items():
+            if row:
+                rows.append([model, rewrite, *(_gain(row, stage, "cpu") for stage in stages)])
+    return _table(("model", "rewrite", *stages), rows)
 
 
 def demo(results: Path = RESULTS) -> str:
@@ -157,6 +204,8 @@ def checkpoints(folder: Path = CHECKPOINTS) -> str:
 
 
 TABLES = {
+    "alone": alone,
+    "blocks": blocks,
     "checkpoints": checkpoints,
     "demo": demo,
     "folding": folding,
@@ -174,4 +223,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
