@@ -107,19 +107,19 @@ plugins: $(VENV)/.installed
 
 # our TensorRT code against stubs of the real bindings, and the table of their names that the tests
 # use; needs a C compiler, Python 3.10 or 3.11 (8.6 has wheels for no later one) and a package index
-BINDINGS := 8.6=tensorrt_bindings==8.6.1 10.3=tensorrt_cu12_bindings==10.3.0 \
+STUBBED := 8.6=tensorrt_bindings==8.6.1 10.3=tensorrt_cu12_bindings==10.3.0 \
   10.13=tensorrt_cu12_bindings==10.13.3.9 11.4=tensorrt_cu13_bindings==11.4.0.106
 STUBS := .cache/stubs/bin/python
 stubs:
 	$(PYTHON) -m venv .cache/stubs
 	$(STUBS) -m pip install -q --no-compile pybind11-stubgen mypy numpy
-	rm -rf .cache/bindings
-	for b in $(BINDINGS); do $(STUBS) -m pip install -q --no-compile --no-deps --only-binary=:all: \
-	  --target ".cache/bindings/$${b%%=*}/site" "$${b#*=}" || exit 1; done
-	$(STUBS) tests/engines/check_types.py .cache/bindings
-	$(STUBS) tests/engines/make_names.py $(foreach b,$(BINDINGS),"$(firstword $(subst =, ,$(b)))=env \
-	  LD_LIBRARY_PATH=.cache/bindings/$(firstword $(subst =, ,$(b)))/lib \
-	  PYTHONPATH=.cache/bindings/$(firstword $(subst =, ,$(b)))/site $(STUBS)")
+	rm -rf .cache/stubbed
+	for b in $(STUBBED); do $(STUBS) -m pip install -q --no-compile --no-deps --only-binary=:all: \
+	  --target ".cache/stubbed/$${b%%=*}/site" "$${b#*=}" || exit 1; done
+	$(STUBS) tests/engines/check_types.py .cache/stubbed
+	$(STUBS) tests/engines/make_names.py $(foreach b,$(STUBBED),"$(firstword $(subst =, ,$(b)))=env \
+	  LD_LIBRARY_PATH=.cache/stubbed/$(firstword $(subst =, ,$(b)))/lib \
+	  PYTHONPATH=.cache/stubbed/$(firstword $(subst =, ,$(b)))/site $(STUBS)")
 
 clean:
 	rm -rf $(VENV) $(VENV)310 .mypath build dist out *.egg-info

@@ -102,7 +102,7 @@ def _norm_scores(x: Lengths, size: int) -> Launch:
 
 
 def _norm_columns(x: Lengths, size: int) -> Launch:
-    return (_parts(x["C"], _TILE), 1, x["B"]), (x["M"] + x["W"] * (_THREADS // 32)) * 4
+    return (_parts(x["C"], _THREADS // 32), 1, x["B"]), (x["M"] + x["W"] * (_THREADS // 32)) * 4
 
 
 def _norm_thin(x: Lengths, size: int) -> Launch:

@@ -143,7 +143,7 @@ inline Plan plan(Operator op, Type type, Call& c) {
     p.workspace = norm_places(c, size).end;
     int const rows = ceil_div(c.channels, kTile);
     add("norm_scores", c.chunks, 1, c.batch, scores + by_word + 4 * c.words);
-    add("norm_columns", rows, 1, c.batch,
+    add("norm_columns", ceil_div(c.channels, kThreads / 32), 1, c.batch,
         4 * (c.words + triangle(c.words) + kThreads / 32 * words));
     add("norm_thin", rows, groups, c.batch,
         tile_bytes(kTile, depth, size) + tile_bytes(depth, kGroup, size) +

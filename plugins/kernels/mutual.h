@@ -115,12 +115,14 @@ template <class T> __device__ void mutual_pairs(Call const& c) {
   }
   __syncwarp();
   T const* const values = static_cast<T const*>(c.in[1]) + head * c.words * c.width;
-  for (int t = 0; t < padded_words(c.words); ++t) {
+  for (int t = lane; t < padded_words(c.words); t += 32) {
     float sum = 0.f;
-    if (there && t < c.words && words[t])
-      for (int d = lane; d < c.width; d += 32) sum += seen[d] * to_float(values[t * c.width + d]);
-    sum = warp_sum(sum);
-    if (lane == 0) pairs[t] = from_float<T>(sum);
+    if (there && t < c.words && words[t]) {
+      T const* const one = values + t * c.width;
+#pragma unroll 8
+      for (int d = 0; d < c.width; ++d) sum += seen[d] * to_float(one[d]);
+    }
+    pairs[t] = from_float<T>(sum);
   }
 }
 

@@ -103,11 +103,19 @@ template <class T> __device__ void norm_columns(Call const& c) {
   int const run = c.span * kTile;
   Words const words(c, c.in[3], b);
 
-  for (int t = threadIdx.x; t < c.words; t += kThreads) {
+  int const wide = padded_words(c.words), warp = threadIdx.x / 32;
+  float* const shares = covariance + triangle(c.words);  // a row a warp; the columns' room later
+  for (int t = lane; t < c.words; t += 32) {
     float sum = 0.f;
 #pragma unroll 8
-    for (int k = 0; k < c.chunks; ++k)
+    for (int k = warp; k < c.chunks; k += kThreads / 32)
       sum += partial[k * record + t] * min(run, c.pixels - k * run);
+    shares[warp * wide + t] = sum;
+  }
+  __syncthreads();
+  for (int t = threadIdx.x; t < c.words; t += kThreads) {
+    float sum = 0.f;
+    for (int k = 0; k < kThreads / 32; ++k) sum += shares[k * wide + t];
     mean[t] = sum / c.pixels;
     if (blockIdx.x == 0)
       static_cast<float*>(c.part[2])[1ll * b * c.words + t] = mean[t];
@@ -117,7 +125,7 @@ template <class T> __device__ void norm_columns(Call const& c) {
     int i, j;
     row_column(e, i, j);
     float sum = 0.f;
-#pragma unroll 8
+#pragma unroll 16
     for (int k = 0; k < c.chunks; ++k) {
       float const* const one = partial + k * record;
       sum += one[c.words + e] +
@@ -127,12 +135,11 @@ template <class T> __device__ void norm_columns(Call const& c) {
   }
   __syncthreads();
 
-  int const wide = padded_words(c.words), end = min(c.channels, (int(blockIdx.x) + 1) * kTile);
-  int const warp = threadIdx.x / 32;
-  float* const shifted = covariance + triangle(c.words) + warp * wide;
+  float* const shifted = shares + warp * wide;
   T const* const values = static_cast<T const*>(c.in[2]);
   T* const columns = static_cast<T*>(c.part[3]);
-  for (int channel = blockIdx.x * kTile + warp; channel < end; channel += kThreads / 32) {
+  int const channel = blockIdx.x * (kThreads / 32) + warp;  // one a warp: nothing waits in line
+  if (channel < c.channels) {
     long long const at = 1ll * b * c.channels + channel;
     float common = 0.f, variance = 0.f;
     for (int t = lane; t < c.words; t += 32) {
@@ -153,7 +160,6 @@ template <class T> __device__ void norm_columns(Call const& c) {
     float const scale = 1.f / (sqrtf(variance + c.epsilon) * kRaise);
     for (int t = lane; t < wide; t += 32)
       columns[at * wide + t] = from_float<T>(shifted[t] * scale);
-    __syncwarp();
   }
 }
 
@@ -241,31 +247,19 @@ template <class T> __device__ void norm_output(Call const& c) {
       thinned.template add<kGroup>(left, narrow, centred, line);
       __syncthreads();
     }
+    thinned.combine(thinned, [](float v, float) { return fmaxf(v, 0.f); });
     thinned.store(sums, row);
     load_tile<kTile, kDepth>(left, second + k, c.channels, rows, c.channels - k, c.vector & 32);
     __syncthreads();
     for (int e = threadIdx.x; e < kDepth * kTile; e += kThreads)
       opened[e / kTile * line + e % kTile] =
-          from_float<T>(fmaxf(sums[e / kTile * row + e % kTile], 0.f));
+          from_float<T>(sums[e / kTile * row + e % kTile]);
     __syncthreads();
     gate.template add<kDepth>(left, deep, opened, line);
     __syncthreads();
   }
-  constexpr int mine = kTile * kTile / kThreads;
-  float open[mine];
-  gate.store(sums, row);
-  __syncthreads();
-  for (int i = 0; i < mine; ++i) {
-    int const e = threadIdx.x + i * kThreads;
-    open[i] = tanhf(sums[e / kTile * row + e % kTile]);
-  }
-  __syncthreads();
+  found.combine(gate, [](float v, float open) { return v * tanh_of<T>(open); });
   found.store(sums, row);
-  __syncthreads();
-  for (int i = 0; i < mine; ++i) {
-    int const e = threadIdx.x + i * kThreads;
-    sums[e / kTile * row + e % kTile] *= open[i];
-  }
   __syncthreads();
   T* const y = static_cast<T*>(c.out[0]) + (1ll * b * c.channels + r0) * c.pixels + p0;
   store_tile(y, c.pixels, rows, pixels, c.vector & 256,

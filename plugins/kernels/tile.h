@@ -23,6 +23,17 @@ template <> __device__ inline float from_float<float>(float v) { return v; }
 template <> __device__ inline half from_float<half>(float v) { return __float2half_rn(v); }
 template <> __device__ inline bfloat from_float<bfloat>(float v) { return __float2bfloat16_rn(v); }
 
+template <class T> __device__ inline float tanh_of(float v) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 2) {  // to 2^-11 of itself, as good as the type
+    float found;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(found) : "f"(v));
+    return found;
+  }
+#endif
+  return tanhf(v);
+}
+
 __device__ inline float warp_sum(float v) {
   for (int mask = 16; mask; mask >>= 1) v += __shfl_xor_sync(~0u, v, mask);
   return v;
@@ -114,6 +125,11 @@ template <class T, int ROWS, int COLUMNS> struct Product<T, ROWS, COLUMNS, false
         for (int j = 0; j < C; ++j) sum[i][j] += left[i] * right[j];
     }
   }
+  // Each element by `f` of itself and of another sum's element at its place.
+  template <class F> __device__ void combine(Product const& other, F const& f) {
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < C; ++j) sum[i][j] = f(sum[i][j], other.sum[i][j]);
+  }
   __device__ void store(float* to, int row) const {
     int const y = threadIdx.x / 16 * R, x = threadIdx.x % 16 * C;
     for (int i = 0; i < R; ++i)
@@ -145,6 +161,14 @@ template <class T, int ROWS, int COLUMNS> struct Product<T, ROWS, COLUMNS, true>
         mma_sync(sum[i], left, right, sum[i]);
       }
     }
+  }
+  // Where an element lies in a fragment is not told, but it is the same for all fragments of a type.
+  template <class F> __device__ void combine(Product const& other, F const& f) {
+#pragma unroll
+    for (int i = 0; i < each; ++i)
+#pragma unroll
+      for (int e = 0; e < sum[i].num_elements; ++e)
+        sum[i].x[e] = f(sum[i].x[e], other.sum[i].x[e]);
   }
   __device__ void store(float* to, int row) const {
     int const first = threadIdx.x / 32 * each;

@@ -155,7 +155,8 @@ struct accumulator {};
 struct row_major {};
 enum layout_t { mem_row_major };
 template <class Use, int, int, int, class T, class = row_major> struct fragment {
-  T x[16][16];
+  static constexpr int num_elements = 256;
+  T x[256];
 };
 template <class W> static void together(W const& work) {
   emulation::enter(2);
@@ -164,22 +165,21 @@ template <class W> static void together(W const& work) {
 }
 template <class F> void fill_fragment(F& f, float v) {
   together([&] {
-    for (auto& row : f.x)
-      for (auto& x : row) x = v;
+    for (auto& x : f.x) x = v;
   });
 }
 template <class F, class T> void load_matrix_sync(F& f, T const* from, int row) {
   if (reinterpret_cast<uintptr_t>(from) % 32 || row * sizeof(T) % 16) emulation::diverged = true;
   together([&] {
     for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 16; ++j) f.x[i][j] = from[i * row + j];
+      for (int j = 0; j < 16; ++j) f.x[i * 16 + j] = from[i * row + j];
   });
 }
 template <class F> void store_matrix_sync(float* to, F const& f, int row, layout_t) {
   if (reinterpret_cast<uintptr_t>(to) % 32 || row % 4) emulation::diverged = true;
   together([&] {
     for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 16; ++j) to[i * row + j] = f.x[i][j];
+      for (int j = 0; j < 16; ++j) to[i * row + j] = f.x[i * 16 + j];
   });
 }
 }  // namespace nvcuda::wmma
@@ -192,12 +192,13 @@ template <class S, class A, class B> void mma_sync(S& d, A const& a, B const& b,
     float left[16][16], right[16][16];
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 16; ++j)
-        left[i][j] = refedge::to_float(a.x[i][j]), right[i][j] = refedge::to_float(b.x[i][j]);
+        left[i][j] = refedge::to_float(a.x[i * 16 + j]),
+        right[i][j] = refedge::to_float(b.x[i * 16 + j]);
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 16; ++j) {
-        float sum = c.x[i][j];
+        float sum = c.x[i * 16 + j];
         for (int k = 0; k < 16; ++k) sum += left[i][k] * right[k][j];
-        d.x[i][j] = sum;
+        d.x[i * 16 + j] = sum;
       }
   });
 }
