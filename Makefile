@@ -106,7 +106,9 @@ plugins: $(VENV)/.installed
 	  $(BIN)/python -m pytest -rs tests/plugins
 
 # our TensorRT code against stubs of the real bindings, and the table of their names that the tests
-# use; needs a C compiler, Python 3.10 or 3.11 (8.6 has wheels for no later one) and a package index
+# use; needs a C compiler, Python 3.10 or 3.11 (8.6 has wheels for no later one), a package index
+# and, for the names of 8.6.0, the GPU kit unpacked
+KIT := $(wildcard /tmp/gpukit/bin/python)
 STUBBED := 8.6=tensorrt_bindings==8.6.1 10.3=tensorrt_cu12_bindings==10.3.0 \
   10.13=tensorrt_cu12_bindings==10.13.3.9 11.4=tensorrt_cu13_bindings==11.4.0.106
 STUBS := .cache/stubs/bin/python
@@ -117,7 +119,7 @@ stubs:
 	for b in $(STUBBED); do $(STUBS) -m pip install -q --no-compile --no-deps --only-binary=:all: \
 	  --target ".cache/stubbed/$${b%%=*}/site" "$${b#*=}" || exit 1; done
 	$(STUBS) tests/engines/check_types.py .cache/stubbed
-	$(STUBS) tests/engines/make_names.py $(foreach b,$(STUBBED),"$(firstword $(subst =, ,$(b)))=env \
+	$(STUBS) tests/engines/make_names.py $(if $(KIT),"8.6.0=$(KIT)") $(foreach b,$(STUBBED),"$(firstword $(subst =, ,$(b)))=env \
 	  LD_LIBRARY_PATH=.cache/stubbed/$(firstword $(subst =, ,$(b)))/lib \
 	  PYTHONPATH=.cache/stubbed/$(firstword $(subst =, ,$(b)))/site $(STUBS)")
 

@@ -114,7 +114,12 @@ def build(
             if task.stripped:
                 say(f"{part.name}: its engine is here without weights; they are put in")
             result = _in_a_process(task, say)
-            inspection = _inspected(result, source, part.name)
+            try:
+                inspection = _inspected(result, source, part.name)
+            except EngineError:  # its layers are told in a form that nobody knew
+                if inspect:
+                    raise
+                inspection = Inspection()
             if inspect:
                 require_plan(inspection, part.name, plan)
             engine = folder / f"{part.name}.engine"

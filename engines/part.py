@@ -128,7 +128,8 @@ def _built(trt: Any, logger: Any, task: PartTask, say: Say) -> bytes:
         ) from error
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)
+    if hasattr(trt, "OnnxParserFlag"):  # the wheel of 8.6.0 has none, and its parser no choice
+        parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)
     if not parser.parse_from_file(task.graph):
         raise not_parsed(trt, parser, task.part, logger.lines)
     config = builder.create_builder_config()
@@ -198,7 +199,9 @@ def _set_precision(
         pinned = frozenset(task.pinned)
         for i in range(network.num_layers):
             layer = network.get_layer(i)
-            if _node_of(layer.name, pinned):
+            # the parser of 8.6 names no LayerNormalization; all that it makes are norms
+            norm = pinned and layer.type == trt.LayerType.NORMALIZATION
+            if norm or _node_of(layer.name, pinned):
                 _pin(trt, layer)
 
 

@@ -47,7 +47,7 @@ def not_parsed(trt: Any, parser: trt.OnnxParser, part: str, lines: Sequence[str]
 def not_built(trt: Any, part: str, lines: Sequence[str]) -> EngineError:
     """EngineError ``engine-memory`` or ``engine-build``, with the end of TensorRT's log."""
     why = last_words(lines)
-    if _MEMORY.search("\n".join(lines)):
+    if _MEMORY.search(why):  # earlier lines speak of tactics that were skipped
         return no_memory(part, why)
     return EngineError(
         "engine-build",

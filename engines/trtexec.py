@@ -67,7 +67,6 @@ def _precision(source: Source, part: str, version: str) -> list[str]:
         return [*words, "--stronglyTyped"]  # 11 knows nothing else
     if not version.startswith("8."):
         return words
-    words.append("--nativeInstanceNorm")
     if source.int8(part):
         words.append("--int8")
     if source.rest == "fp16":

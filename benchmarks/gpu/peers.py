@@ -71,10 +71,10 @@ def main(model: str, out: str, *options: str) -> int:
         try:
             found = run_mode(model, dtype, compiled=compiled, device=device)
             record["modes"][name] = {"milliseconds": found}
-        except Exception as error:  # noqa: PERF203  the next may work, and this error is a result
+        except Exception as error:
             record["modes"][name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    record["state"]["after"] = state()
-    Path(out).write_text(json.dumps(record, indent=1) + "\n")
+        record["state"]["after"] = state()
+        Path(out).write_text(json.dumps(record, indent=1) + "\n")  # the step may be ended
     print(json.dumps(record)[:2000])
     return int(not any("milliseconds" in mode for mode in record["modes"].values()))
 

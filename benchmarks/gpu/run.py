@@ -4,8 +4,9 @@
 
 Two interpreters exchange files: this one has torch; the kit's (TensorRT 8.6, Python 3.10) has
 TensorRT, unless this one has it too. Each step is a process of its own that writes one JSON file;
-a step whose file is there is not run again, so a second call goes on where the first one stopped.
-At the end comes one archive of at most 16 MiB, in ``$OUT`` where that is set. Without a GPU the
+a step that ended well is not run again, so a second call goes on where the first one stopped; of
+one that failed or was ended, what it had written is ``NAME.failed.json``. After every step there is
+one archive of at most 16 MiB, in ``$OUT`` where that is set. Without a GPU the
 same steps check themselves on small sizes and nothing is written as a result. Needs nothing but
 the standard library.
 """
@@ -13,11 +14,13 @@ the standard library.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -54,10 +57,7 @@ def steps(models: tuple[str, ...] = MODELS) -> list[Step]:
         Step("operators", ("-m", f"{GPU}.operators", "{out}", "{dry}"), 240, kit=True),
     ]
     if (ROOT / "tests/gpu").is_dir():  # a checkout, not an installed package
-        found += [
-            Step("kernels", ("-m", "refedge.tests.gpu.kernels", "{out}"), 300),
-            Step("sanitizer", ("-m", "refedge.tests.gpu.sanitized", "{out}", "{dry}"), 600),
-        ]
+        found.append(Step("kernels", ("-m", "refedge.tests.gpu.kernels", "{out}"), 300))
     for model in models:
         bundle = f"{{work}}/{model.replace(':', '-')}.refedge"
         name = model.replace(":", "-")
@@ -67,6 +67,9 @@ def steps(models: tuple[str, ...] = MODELS) -> list[Step]:
             Step(f"peers-{name}", ("-m", f"{GPU}.peers", model, "{out}", "{dry}"), 300),
             Step(f"providers-{name}", ("-m", f"{GPU}.providers", bundle, "{out}", "{dry}"), 300),
         ]
+        if model == models[0] and (ROOT / "tests/gpu").is_dir():
+            command = ("-m", "refedge.tests.gpu.sanitized", "{out}", "{dry}")
+            found.append(Step("sanitizer", command, 600))
     return found
 
 
@@ -116,27 +119,44 @@ def run_step(step: Step, work: Path, environment: dict[str, str], left: float, d
     if left < min(step.seconds, 60):
         return "left for another time"
     out.parent.mkdir(parents=True, exist_ok=True)
-    words = {"out": str(out), "work": str(work), "dry": "--dry" if dry else ""}
-    command = [c.format(**words) for c in step.command]
-    started = time.monotonic()
-    with (out.with_suffix(".log")).open("w") as log:
-        try:
-            done = subprocess.run(
-                [*python, *filter(None, command)],
-                cwd=ROOT,
-                env=os.environ | environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=min(step.seconds, left),
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"ended after {time.monotonic() - started:.0f} s: it took too long"
+    begun, failed = out.with_suffix(".part"), out.with_suffix(".failed.json")
+    words = {"out": str(begun), "work": str(work), "dry": "--dry" if dry else ""}
+    command = [*python, *filter(None, (c.format(**words) for c in step.command))]
+    started, log = time.monotonic(), out.with_suffix(".log")
+    code = run_alone(command, environment, log, min(step.seconds, left))
+    if begun.is_file():
+        os.replace(begun, out if code == 0 else failed)
     spent = f"{time.monotonic() - started:.0f} s"
-    if done.returncode:
-        lines = out.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-        return f"failed ({done.returncode}) after {spent}: {lines[-1] if lines else 'no output'}"
+    if code is None:
+        return f"ended after {spent}: it took too long"
+    if code:
+        lines = log.read_text(errors="replace").strip().splitlines()
+        return f"failed ({code}) after {spent}: {lines[-1] if lines else 'no output'}"
+    failed.unlink(missing_ok=True)
     return f"ok, {spent}"
+
+
+def run_alone(
+    command: list[str], environment: dict[str, str], log: Path, seconds: float
+) -> int | None:
+    """Exit code, or None where it took too long; nothing that it started lives on."""
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def archive(work: Path, said: dict[str, str]) -> Path:
@@ -172,8 +192,10 @@ def main(arguments: list[str] | None = None) -> int:
     for step in steps(("slvit-tiny",) if dry else tuple(asked.models)):
         said[step.name] = run_step(step, work, environment, until - time.monotonic(), dry)
         print(f"{step.name:<24} {said[step.name]}", flush=True)
+        if not dry:
+            made = archive(work, said)  # now: the machine may be gone before the end
     if not dry:
-        print(f"results: {archive(work, said)}")
+        print(f"results: {made}")
     return 1 if any(text.startswith("failed") for text in said.values()) else 0
 
 

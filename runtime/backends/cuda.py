@@ -187,9 +187,10 @@ class _Process:
         except ImportError as error:
             raise BackendError(
                 "backend-missing",
-                "pycuda is not installed",
+                "pycuda cannot be imported",
                 why=str(error),
-                fix="pip install 'refedge[tensorrt]'",
+                fix="pip install 'refedge[tensorrt]'; an undefined symbol means that the driver "
+                "is too old for this pycuda",
             ) from error
         self.driver = pycuda.driver
         self.driver.init()

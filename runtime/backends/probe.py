@@ -94,4 +94,7 @@ def _crash(how: str, said: str = "") -> EngineError:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all parts ran: what TensorRT does while a process ends says nothing of them

@@ -40,10 +40,13 @@ class DeviceArray:
         """Bytes of all pieces."""
         return sum(size for _, _, size in self._pieces)
 
-    def copy_to(self, address: int) -> None:
-        """Put the pieces one after another to a place on the device, in the stream's order."""
+    def copy_to(self, cuda: Cuda, address: int) -> None:
+        """Put the pieces one after another to a place on the device, in the order of its stream.
+
+        They are written by now: a part waits for its stream before it hands anything out.
+        """
         for block, offset, size in self._pieces:
-            self._cuda.copy(address, block.address + offset, size)
+            cuda.copy(address, block.address + offset, size)
             address += size
 
     def __array__(
@@ -134,7 +137,7 @@ class Place:
                 fix="give fewer at once, or build the engines for larger batches",
             )
         if isinstance(value, DeviceArray):
-            value.copy_to(self.address)
+            value.copy_to(self._cuda, self.address)
         else:
             host = self._pinned.array[: value.nbytes]
             host[:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def test_the_device_comes_before_models_and_every_module_is_there() -> None:
     found = run.steps()
     assert [s.name for s in found][:2] == ["machine", "operators"]
     assert found[-1].name == "providers-m3att-paper"
+    assert found.index(next(s for s in found if s.name == "engines-slvit-tiny")) < 5
     for step in found:
         module = run.ROOT / f"{step.command[1].removeprefix('refedge.').replace('.', '/')}.py"
         assert module.is_file(), module
@@ -50,6 +52,25 @@ def test_a_step_that_fails_or_hangs_is_said_to(tmp_path: Path) -> None:
     assert "no luck" in do(fails, tmp_path), "a failure is tried again"
     hangs = Step("b", ("-c", "import time; time.sleep(60)"), 1)
     assert "took too long" in do(hangs, tmp_path)
+
+
+def test_what_a_failed_step_wrote_is_kept_apart(tmp_path: Path) -> None:
+    step = Step("a", ("-c", WRITE + "; sys.exit(1)", "{out}"), 60)
+    assert "failed (1)" in do(step, tmp_path)
+    assert [p.name for p in sorted((tmp_path / "results").glob("*.json"))] == ["a.failed.json"]
+    assert do(Step("a", ("-c", WRITE, "{out}"), 60), tmp_path).startswith("ok"), "tried again"
+    assert [p.name for p in sorted((tmp_path / "results").glob("*.json"))] == ["a.json"]
+
+
+def test_nothing_outlives_a_step(tmp_path: Path) -> None:
+    child = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid)"
+    step = Step("a", ("-c", f"{child}; sys.stdout.flush(); time.sleep(60)"), 2)
+    assert "took too long" in do(step, tmp_path)
+    pid = int((tmp_path / "results/a.log").read_text())
+    state, until = Path(f"/proc/{pid}/stat"), time.monotonic() + 20
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until, "it sleeps for a minute"
+        time.sleep(0.05)
 
 
 def test_without_time_or_tensorrt_a_step_is_left(

@@ -2,7 +2,8 @@
 
     python make_names.py VERSION=PYTHON ...        (make stubs)
 
-PYTHON is a command that runs an interpreter in which ``tensorrt_bindings`` imports (the bindings'
+PYTHON is a command that runs an interpreter in which ``tensorrt_bindings`` or ``tensorrt`` imports:
+the GPU kit's, whose 8.6.0 lacks names of 8.6.1, or one over the bindings alone (whose
 wheels import without a GPU over empty stand-ins for libnvinfer, which only have to satisfy the
 linker). Only names, argument names and result classes are kept; ``plugin`` is ``tensorrt.plugin``.
 """
@@ -21,14 +22,17 @@ _CLASSES = """
     HardwareCompatibilityLevel IBuilderConfig ICudaEngine IExecutionContext IGpuAllocator
     IHostMemory ILayer ILogger INetworkDefinition IOptimizationProfile IOutputAllocator
     IPluginRegistry IProgressMonitor IRuntimeConfig ISerializationConfig ITensor ITimingCache
-    LayerInformationFormat MemoryPoolType NetworkDefinitionCreationFlag OnnxParser OnnxParserFlag
-    OnnxParserRefitter ParserError PreviewFeature ProfilingVerbosity Refitter Runtime
+    LayerInformationFormat LayerType MemoryPoolType NetworkDefinitionCreationFlag OnnxParser
+    OnnxParserFlag OnnxParserRefitter ParserError PreviewFeature ProfilingVerbosity Refitter Runtime
     SerializationFlag TensorFormat TensorIOMode TensorLocation
 """
 CLASSES = _CLASSES.split()
 LOOK = r"""
 import inspect, json, re, sys
-import tensorrt_bindings as trt
+try:
+    import tensorrt_bindings as trt
+except ImportError:  # 8.6.0's wheel has all in one package
+    import tensorrt as trt
 out = {"": {}}
 def about(member):
     text = member.__doc__ or getattr(getattr(member, "fget", None), "__doc__", None) or ""

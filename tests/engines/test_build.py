@@ -196,6 +196,18 @@ def test_an_engine_that_is_not_the_plans_is_not_recorded(board: Path, builder: B
     assert record.parts["mask"].layers["findings"]
 
 
+def test_layers_that_cannot_be_read_are_no_reason_without_inspection(
+    board: Path, builder: Builder
+) -> None:
+    builder.inspector = "{"
+    with pytest.raises(EngineError) as caught:
+        run(board)
+    assert caught.value.code == "engine-inspector"
+    record = run(board, inspect=False)
+    assert set(record.parts) == {"text", "mask"}
+    assert not record.parts["mask"].layers["findings"]
+
+
 def test_plugins_travel_with_the_engines(board: Path, builder: Builder, tmp_path: Path) -> None:
     library = tmp_path / "librefedge.so"
     library.write_bytes(b"code")
@@ -348,7 +360,7 @@ _COMMON = """
     profilingVerbosity exportLayerInfo skipInference memPoolSize refit versionCompatible
     builderOptimizationLevel hardwareCompatibilityLevel
 """
-_ONLY_8 = "fp16 int8 nativeInstanceNorm precisionConstraints layerPrecisions"
+_ONLY_8 = "fp16 int8 precisionConstraints layerPrecisions"
 COMMON = set(_COMMON.split())
 KNOWN = {
     "8.6": COMMON | set(_ONLY_8.split()),

@@ -1,4 +1,4 @@
-"""Our TensorRT code uses only names that the real bindings have: 8.6, 10.3, 10.13 and 11.4."""
+"""Our TensorRT code uses only names that the real bindings have: 8.6.0 to 11.4."""
 
 from __future__ import annotations
 

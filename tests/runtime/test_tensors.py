@@ -64,6 +64,16 @@ def test_memory_goes_back_when_the_last_array_is_gone() -> None:
     assert len(cuda.memory) == 2, "a freed block is used again"
 
 
+def test_who_reads_an_array_copies_it() -> None:
+    """The launch that follows waits for its own stream alone."""
+    wrote, reads = HostCuda(), HostCuda()
+    array = wrote.array(rows(2))
+    before = sum(wrote.moved.values())
+    Place(reads, KEYS, 4, host=False).write(array, "mask")  # type: ignore[arg-type]
+    assert sum(reads.moved.values()) == 48
+    assert sum(wrote.moved.values()) == before
+
+
 def test_a_place_takes_arrays_of_the_host_and_of_the_device() -> None:
     cuda = HostCuda()
     place = Place(cuda, KEYS, 4, host=False)  # type: ignore[arg-type]
