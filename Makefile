@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip install -q --no-compile
 
-.PHONY: demo methods parity cubins plugins stubs test lint types tests py310 gpu wheels clean
+.PHONY: demo methods parity cubins plugins stubs test lint types tests py310 gpu wheels kit-plugins clean
 
 demo: $(VENV)/.installed
 	$(BIN)/refedge demo $(MODEL)
@@ -69,6 +69,15 @@ wheels: $(VENV)/.installed
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
 	  --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 -d .gpukit/wheels \
 	  msgspec pycocotools
+
+# our plugin library for the GPU kit's TensorRT 8.6.0: engines with and without it in make gpu
+kit-plugins: $(VENV)/.installed
+	mkdir -p .cache/tensorrt/v8.6.0
+	test -d .cache/tensorrt/repo || \
+	  git clone -q --bare --filter=blob:none "$(TENSORRT_REPO)" .cache/tensorrt/repo
+	git -C .cache/tensorrt/repo archive v8.6.0 include | tar x -C .cache/tensorrt/v8.6.0
+	rm -rf .gpukit/plugins
+	$(BIN)/refedge plugin build -o .gpukit/plugins --headers .cache/tensorrt/v8.6.0/include
 
 # everything that needs a GPU, on the host's own Python where there is no .venv; elsewhere dry checks
 BUDGET     ?= 25

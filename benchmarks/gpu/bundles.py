@@ -22,7 +22,9 @@ def main(model: str, bundle: str, out: str, *options: str) -> int:
     """Exit code of the verb that failed first; dry: whether the verbs are there."""
     verbs = [["export", model, "-o", bundle]]
     for plan, more in QUANTIZE.items():
-        dialects = [word for d in ("ort", "trt8", "trt10") for word in ("--dialect", d)]
+        dialects = [
+            word for d in ("ort", "trt8", "trt8-plugin", "trt10") for word in ("--dialect", d)
+        ]
         verbs.append(["quantize", bundle, "--plan", plan, *more, *dialects])
     if "--dry" in options:
         verbs = [[verb[0], "--help"] for verb in verbs]

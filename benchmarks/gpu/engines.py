@@ -1,6 +1,6 @@
 """Engines of a bundle: built, scored against ONNX Runtime in float32, and timed.
 
-    python -m refedge.benchmarks.gpu.engines BUNDLE OUT.json [--dry]
+    python -m refedge.benchmarks.gpu.engines BUNDLE OUT.json [--dry] [--plugin=LIBRARY]
 
 Runs where TensorRT is, without torch. Times are end to end, as ``refedge bench`` takes them, and
 per part: a whole run of the part beside the launch of its graph alone, whose difference is what
@@ -82,14 +82,17 @@ def _short(samples: list[float]) -> dict[str, Any]:
             "mean": statistics.fmean(samples), "unstable": found.unstable}  # fmt: skip
 
 
-def measure(bundle: Path, plan: str, scenes: int, rounds: int, *, dry: bool) -> dict[str, Any]:
-    """One plan; dry: on ONNX Runtime."""
+def measure(
+    bundle: Path, plan: str, scenes: int, rounds: int, *, dry: bool, plugin: str = ""
+) -> dict[str, Any]:
+    """One plan; dry: on ONNX Runtime; plugin: the library of ours to build with."""
     seconds = 0.0
     if not dry:
         started = time.monotonic()
         build = [sys.executable, "-m", "refedge.cli", "build", str(bundle), "--plan", plan]
         # findings about its layers are recorded, and no reason to measure nothing
-        subprocess.run([*build, "--no-inspect"], check=True)
+        more = ["--plugin", plugin] if plugin else []
+        subprocess.run([*build, "--no-inspect", *more], check=True)
         seconds = time.monotonic() - started
     reference = load(bundle, plan="fp32", backend="onnxruntime")
     found = load(bundle, plan=plan, backend="onnxruntime" if dry else "tensorrt")
@@ -120,13 +123,19 @@ def _findings(bundle: Path, plan: str) -> dict[str, Any]:
 def main(folder: str, out: str, *options: str) -> int:
     """Exit code 1 where no plan could be measured."""
     dry = "--dry" in options
+    plugin = next((o.partition("=")[2] for o in options if o.startswith("--plugin=")), "")
     bundle = Path(folder)
     if dry and not bundle.is_dir():
         print("dry: no bundle here; what this step imports is here")
         return 0
     manifest = open_bundle(bundle).manifest
     record: dict[str, Any] = {"schema": SCHEMA, "model": manifest.model, "plans": {}}
-    record |= {"bundle": manifest.digest, "provenance": manifest.provenance, "dry": dry}
+    record |= {
+        "plugin": Path(plugin).name,
+        "bundle": manifest.digest,
+        "provenance": manifest.provenance,
+        "dry": dry,
+    }
     if not dry:
         from ...runtime.backends.tensorrt import this_target
 
@@ -137,7 +146,7 @@ def main(folder: str, out: str, *options: str) -> int:
             continue
         try:
             scenes, rounds = (2, 8) if dry else (trained, ROUNDS)
-            record["plans"][plan] = measure(bundle, plan, scenes, rounds, dry=dry)
+            record["plans"][plan] = measure(bundle, plan, scenes, rounds, dry=dry, plugin=plugin)
         except Exception as error:  # the next plan may work, and this one's error is a result
             traceback.print_exc()
             record["plans"][plan] = {"error": str(error)}

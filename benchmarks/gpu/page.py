@@ -47,8 +47,8 @@ def page(results: Path) -> str:
         lines += _table(("type", "build, s", "largest relative error"), rows)
     rows = []
     for name, record in found.items():
-        if name.startswith("engines-"):
-            rows += _engines(name.removeprefix("engines-"), record)
+        if name.startswith(("engines-", "plugin-")):
+            rows += _engines(name.partition("-")[2], record)
         elif name.startswith("peers-"):
             rows += _peers(name.removeprefix("peers-"), "torch", record)
         elif name.startswith("providers-"):
@@ -97,7 +97,8 @@ def _engines(model: str, record: dict[str, Any]) -> list[list[str]]:
         agreement = f"{scored['agreement']['mean']:.4f}" if trained else "–"
         miou = f"{scored['overall']['miou']:.4f}" if trained else "–"
         graph = found["graphs"]["mask"][:8]
-        rows.append([model, f"TensorRT {plan}", agreement, miou, *times, graph])
+        what = f"TensorRT {plan}{', plugin' if record.get('plugin') else ''}"
+        rows.append([model, what, agreement, miou, *times, graph])
     return rows
 
 

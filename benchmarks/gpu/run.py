@@ -30,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = Path(os.environ.get("GPUKIT_DEST", "/tmp/gpukit"))  # where the kit unpacks itself
+PLUGINS = ROOT / ".gpukit/plugins"  # our library for the kit's TensorRT: make kit-plugins
 LIMIT = 16 << 20  # bytes of the archive
 MODELS = ("slvit-tiny", "slvit:paper", "cm_masksd:paper", "lavt:paper", "lts:paper", "step:paper",
           "m3att:paper")  # fmt: skip
@@ -61,9 +62,19 @@ def steps(models: tuple[str, ...] = MODELS) -> list[Step]:
     for model in models:
         bundle = f"{{work}}/{model.replace(':', '-')}.refedge"
         name = model.replace(":", "-")
+        plugin = [
+            Step(
+                f"plugin-{name}",
+                ("-m", f"{GPU}.engines", bundle, "{out}", "{dry}", f"--plugin={library}"),
+                600,
+                kit=True,
+            )
+            for library in sorted(PLUGINS.glob("*.so"))[:1]
+        ]
         found += [
             Step(f"export-{name}", ("-m", f"{GPU}.bundles", model, bundle, "{out}", "{dry}"), 600),
             Step(f"engines-{name}", ("-m", f"{GPU}.engines", bundle, "{out}", "{dry}"), 600, True),
+            *plugin,
             Step(f"peers-{name}", ("-m", f"{GPU}.peers", model, "{out}", "{dry}"), 300),
             Step(f"providers-{name}", ("-m", f"{GPU}.providers", bundle, "{out}", "{dry}"), 300),
         ]

@@ -34,6 +34,18 @@ def test_the_device_comes_before_models_and_every_module_is_there() -> None:
         assert step.seconds <= 600
 
 
+def test_engines_with_a_plugin_follow_those_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "PLUGINS", tmp_path)
+    assert not [s for s in run.steps() if s.name.startswith("plugin-")]
+    (tmp_path / "made.so").touch()
+    names = [s.name for s in run.steps()]
+    at = names.index("engines-slvit-paper")
+    assert names[at + 1] == "plugin-slvit-paper"
+    assert run.steps()[at + 1].command[-1] == f"--plugin={tmp_path / 'made.so'}"
+
+
 def do(step: Step, work: Path, *, left: float = 600, dry: bool = False) -> str:
     return run.run_step(step, work, {}, left, dry)
 
