@@ -41,7 +41,7 @@ from .timing import Clocks, clocked, summary, task_for
 
 SCHEMA = "refedge-folding-3"
 REWRITES = ("norm", "heads", "squeeze", "ort")
-BLOCK_ROUNDS = 40  # at least; blocks are short
+BLOCK_ROUNDS = 150  # at least; blocks are short
 SAMPLES = 8  # that int8 is calibrated with; what is timed does not depend on them
 MODULE = "refedge.module"
 Arrays = dict[str, npt.NDArray[Any]]
