@@ -2,9 +2,10 @@
 
     python -m refedge.benchmarks.forms -o benchmarks/results/forms.json [--rounds 20]
 
-The forms that ``export/ort.py`` chooses between, and one it does not take, at the shapes of SLViT
-at paper size; one thread. The first form is the plain one. Each pair computes the same: the largest
-difference between their outputs is recorded beside the times.
+The forms that ``export/ort.py`` chooses between, what ``export/fold.py`` folds, and a form that
+nobody takes, at the shapes of SLViT at paper size; one thread. The first form is the plain one.
+Each pair computes the same: the largest difference between their outputs is recorded beside the
+times.
 """
 
 from __future__ import annotations
@@ -133,6 +134,41 @@ def affine(channels: int, height: int, width: int) -> Pair:
     )
 
 
+def branch(channels: int, hidden: int, height: int, width: int) -> Pair:
+    """A batch norm, two 1x1 convolutions and a layer scale, beside a shortcut."""
+    rng = np.random.default_rng(0)
+    scale, shift, layer = rng.normal(size=(3, channels)).astype(np.float32)
+    wide = (rng.normal(size=(hidden, channels)) / channels**0.5).astype(np.float32)
+    narrow = (rng.normal(size=(channels, hidden)) / hidden**0.5).astype(np.float32)
+    first, second = (rng.normal(size=n).astype(np.float32) for n in (hidden, channels))
+    return Pair(
+        f"norm, layer scale of [{channels}, {height}, {width}], hidden {hidden}",
+        {
+            "apart": """normed = BatchNormalization<epsilon = 0.0>(x, scale, shift, none, one)
+                opened = Conv(normed, wide, first) closed = Conv(opened, narrow, second)
+                scaled = Mul(closed, layer) y = Add(x, scaled)""",
+            "in the weights": """opened = Conv(x, wide_in, first_in)
+                closed = Conv(opened, narrow_in, second_in) y = Add(x, closed)""",
+        },
+        {"x": rng.normal(size=(1, channels, height, width)).astype(np.float32)},
+        {
+            "scale": scale,
+            "shift": shift,
+            "none": np.zeros(channels, np.float32),
+            "one": np.ones(channels, np.float32),
+            "layer": layer[:, None, None],
+            "wide": wide[..., None, None],
+            "first": first,
+            "narrow": narrow[..., None, None],
+            "second": second,
+            "wide_in": (wide * scale)[..., None, None],
+            "first_in": first + wide @ shift,
+            "narrow_in": (narrow * layer[:, None])[..., None, None],
+            "second_in": second * layer,
+        },
+    )
+
+
 def _shares(few: int, many: int) -> npt.NDArray[np.float32]:
     """What each of ``many`` pixels takes of each of ``few``, [many, few]: single pixels resized."""
     alone, by = np.eye(few, dtype=np.float32)[None, None], np.array([1, 1, 1, many / few])
@@ -181,6 +217,8 @@ def main(output: Path, rounds: int) -> None:
         upsampling(512, (15, 30, 60), 120),
         picture(480),
         affine(512, 120, 120),
+        branch(64, 512, 120, 120),
+        branch(320, 1280, 30, 30),
         gelu(512, 120, 120),
         gelu(1024, 60, 60),
         gelu(1280, 30, 30),

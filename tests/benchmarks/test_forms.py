@@ -17,6 +17,7 @@ from refedge.benchmarks import forms
         (forms.upsampling(3, (2, 3), 12), 1e-5),
         (forms.picture(8), 0.0),
         (forms.affine(3, 5, 7), 1e-6),
+        (forms.branch(4, 9, 5, 7), 1e-5),
     ],
 )
 def test_both_forms_compute_the_same(pair: forms.Pair, bar: float) -> None:
@@ -28,7 +29,7 @@ def test_both_forms_compute_the_same(pair: forms.Pair, bar: float) -> None:
 
 def test_the_command_writes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = forms.affine(3, 5, 7)
-    for name in ("upsampling", "picture", "affine", "gelu"):
+    for name in ("upsampling", "picture", "affine", "branch", "gelu"):
         monkeypatch.setattr(forms, name, lambda *_: small)
     path = tmp_path / "forms.json"
     result = CliRunner().invoke(forms.main, ["-o", str(path), "--rounds", "1"])
