@@ -71,7 +71,7 @@ def main(model: str, out: str, *options: str) -> int:
         try:
             found = run_mode(model, dtype, compiled=compiled, device=device)
             record["modes"][name] = {"milliseconds": found}
-        except Exception as error:
+        except Exception as error:  # the next mode may work, and this one's error is a result
             record["modes"][name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
         record["state"]["after"] = state()
         Path(out).write_text(json.dumps(record, indent=1) + "\n")  # the step may be ended
