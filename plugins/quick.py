@@ -20,8 +20,9 @@ from .native import ptx
 
 NAMESPACE = "refedge"
 # float32 whatever the operator's type; words are boolean, all else is of that type
-FLOAT32 = frozenset({"relevance", "weights", "moments", "mean", "epsilon", "tops", "sums", "told"})
-_THREADS, _TILE, _GROUP, _CHUNKS = 256, 64, 32, 128  # as in kernels/call.h
+FLOAT32 = frozenset({"relevance", "means", "moments", "mean", "epsilon", "tops", "sums", "told"})
+# as in kernels/call.h
+_THREADS, _WARPS, _PIECE, _CHUNKS, _REACH, _ROOM, _SQUARE = 256, 8, 32, 128, 512, 32768, 32 * 33
 _MOST = {
     "C": (1024, "channels"),
     "D": (1024, "channels"),
@@ -30,8 +31,9 @@ _MOST = {
 }
 
 # By letter: B expressions, N pixels, C channels, T words, H heads, D channels of values; W words
-# padded to 32, P tiles of pixels, M moments of a tile, Q words of all heads; digits are themselves.
-# These are symbols of TensorRT's, or integers: nothing but + - * // is there.
+# padded to 32, K weights of a strip of 32 pixels, S strips, P runs of strips of NormAttention, R of
+# MutualAttention, M moments of a run; digits are themselves.
+# These are symbols of TensorRT's, or integers: nothing but + - * // < is there, numbers on the right.
 Lengths = Mapping[str, Any]
 Launch = tuple[tuple[Any, Any, Any], Any]  # grid, bytes of shared memory
 
@@ -60,12 +62,16 @@ class Pass:
         }
         found["2"] = 2
         if "T" in found:
-            found["W"] = _parts(found["T"], _GROUP) * _GROUP
-            found["M"] = found["T"] + found["T"] * (found["T"] + 1) // 2
+            found["W"] = _parts(found["T"], _PIECE) * _PIECE
+            found["K"] = found["W"] * _PIECE
+            found["M"] = _parts(found["T"] + found["T"] * (found["T"] + 1) // 2, 4) * 4
         if "N" in found:
-            found["P"] = _parts(found["N"], _TILE)
-        if "H" in found:
-            found["Q"] = found["H"] * found["T"]
+            found["S"] = _parts(found["N"], _PIECE)
+            found["R"] = _parts(found["S"], _WARPS)
+        if "N" in found and "C" in found and "T" in found:
+            each = _strips(found)
+            turns = _parts(found["S"], each * _CHUNKS)
+            found["P"] = _parts(found["S"], each * turns)
         return found
 
 
@@ -73,61 +79,46 @@ def _parts(whole: Any, part: Any) -> Any:
     return (whole + (part - 1)) // part
 
 
-def _tile(rows: int, columns: int, size: int) -> int:
-    return rows * (columns * size + 16)
+def _strips(x: Lengths) -> Any:
+    """Strips of a block that reads them: 8, 4, 2, 1, and 1 where words are streamed."""
+    more = (x["C"] < 65) * 4 + (x["C"] < 129) * 2 + (x["C"] < 385)
+    return more * (x["T"] < 33) + 1
 
 
-def _by_word(size: int) -> int:
-    depth = 128 // size
-    return _tile(_GROUP, depth, size) + _tile(depth, _TILE, size)
-
-
-def _by_pixel(size: int) -> int:
-    depth = 128 // size
-    return _tile(_TILE, depth, size) + _tile(depth, _GROUP, size)
-
-
-def _cross_weights(x: Lengths, size: int) -> Launch:
-    return (x["H"], x["P"], x["B"]), (x["W"] * 4 + 16) * _TILE + _by_pixel(size)
-
-
-def _cross_output(x: Lengths, size: int) -> Launch:
-    stages = _tile(_TILE, _GROUP, size) + _tile(_GROUP, _TILE, size)
-    return (_parts(x["D"], _TILE), x["P"], x["B"]), stages + _tile(_TILE, _TILE, 4)
+def _cross_attention(x: Lengths, size: int) -> Launch:
+    return (x["S"], _parts(x["D"], _REACH), x["B"]), _ROOM
 
 
 def _norm_scores(x: Lengths, size: int) -> Launch:
-    chunks = _parts(x["P"], _parts(x["P"], _CHUNKS))
-    return (chunks, 1, x["B"]), x["W"] * _tile(1, _TILE, 4) + x["T"] * 4 + _by_word(size)
+    means = (_strips(x) + 2) * x["W"] * 4
+    return (x["P"], 1, x["B"]), means + _WARPS * _SQUARE * 4
 
 
 def _norm_columns(x: Lengths, size: int) -> Launch:
-    return (_parts(x["C"], _THREADS // 32), 1, x["B"]), (x["M"] + x["W"] * (_THREADS // 32)) * 4
+    shared = x["M"] * 4 + x["W"] * (4 + _WARPS * 8) + _THREADS * 16
+    return (_parts(x["C"], _PIECE), 1, x["B"]), shared
 
 
 def _norm_thin(x: Lengths, size: int) -> Launch:
-    grid = _parts(x["C"], _TILE), x["W"] // _GROUP, x["B"]
-    return grid, _by_pixel(size) + _tile(_TILE, _GROUP, 4)
+    return (_parts(x["C"], _PIECE), x["W"] // _PIECE, x["B"]), _ROOM
 
 
 def _norm_output(x: Lengths, size: int) -> Launch:
-    depth = 128 // size
-    stages = _tile(_TILE, depth, size) + _tile(_GROUP, _TILE, size) + _tile(depth, _TILE, size)
-    return (_parts(x["C"], _TILE), x["P"], x["B"]), stages + _tile(_TILE, _TILE, 4)
+    each = ((x["C"] < 129) * 2 + (x["C"] < 257)) * (x["T"] < 33) + 1
+    grid = _parts(x["S"], each), _parts(x["C"], _REACH), x["B"]
+    return grid, each * x["W"] * (_PIECE * size) + _ROOM
 
 
 def _mutual_seen(x: Lengths, size: int) -> Launch:
-    stages = _tile(_GROUP, _TILE, 4) + _tile(_GROUP, _TILE, size) + _by_word(size)
-    return (x["P"], x["H"] * (x["W"] // _GROUP), x["B"]), stages
+    return (x["R"], x["H"] * (x["W"] // _PIECE), x["B"]), _ROOM + _WARPS * _PIECE * 8
 
 
 def _mutual_pairs(x: Lengths, size: int) -> Launch:
-    return (_parts(x["T"], _THREADS // 32), x["H"], x["B"]), x["D"] * (_THREADS // 32 * 4)
+    return (_parts(x["T"], _WARPS), x["H"], x["B"]), x["D"] * (_WARPS * 4)
 
 
 def _mutual_product(x: Lengths, size: int) -> Launch:
-    grid = x["P"], x["W"] // _GROUP, x["B"]
-    return grid, x["W"] * _tile(1, _TILE, 4) + _by_word(size)
+    return (x["S"], x["W"] // _PIECE, x["B"]), _ROOM
 
 
 @dataclass(frozen=True)
@@ -144,19 +135,12 @@ CHAINS = {
         ("x", "keys", "values", "words", "offset"),
         ("y",),
         {
-            "CrossWeights": Pass(
-                "quick_cross_weights",
-                {"x": "BNC", "keys": "BCHT", "words": "BT", "offset": "BHT"},
-                "NCTH",
-                {"shares": "BNQ"},
-                _cross_weights,
-            ),
-            "CrossOutput": Pass(
-                "quick_cross_output",
-                {"shares": "BNQ", "values": "BHTD"},
-                "NTHD",
+            "CrossWhole": Pass(
+                "quick_cross_attention",
+                {"x": "BNC", "keys": "BCHT", "values": "BHTD", "words": "BT", "offset": "BHT"},
+                "NCTHD",
                 {"y": "BND"},
-                _cross_output,
+                _cross_attention,
             ),
         },
     ),
@@ -168,13 +152,13 @@ CHAINS = {
                 "quick_norm_scores",
                 {"query": "BCN", "keys": "BTC", "words": "BT"},
                 "NCT",
-                {"relevance": "BN", "weights": "BTN", "moments": "BPM"},
+                {"relevance": "BN", "weights": "BSK", "means": "BST", "moments": "BPM"},
                 _norm_scores,
             ),
             "NormColumns": Pass(
                 "quick_norm_columns",
-                {"values": "BCT", "words": "BT", "weights": "BTN", "moments": "BPM",
-                 "epsilon": "1"},
+                {"values": "BCT", "words": "BT", "moments": "BPM", "epsilon": "1",
+                 "relevance": "BN"},
                 "NCT",
                 {"columns": "BCW", "mean": "BT"},
                 _norm_columns,
@@ -188,7 +172,8 @@ CHAINS = {
             ),
             "NormOutput": Pass(
                 "quick_norm_output",
-                {"weights": "BTN", "mean": "BT", "columns": "BCW", "thin": "BCW", "second": "CC"},
+                {"weights": "BSK", "means": "BST", "mean": "BT", "columns": "BCW", "thin": "BCW",
+                 "second": "CC", "relevance": "BN"},
                 "NCT",
                 {"y": "BCN"},
                 _norm_output,
@@ -203,13 +188,13 @@ CHAINS = {
                 "quick_mutual_seen",
                 {"keys": "BHTD", "seen_keys": "BHDN", "seen_values": "BHND"},
                 "NTHD",
-                {"tops": "BHPT2", "sums": "BHPTD"},
+                {"tops": "BHRT2", "sums": "BHRTD"},
                 _mutual_seen,
             ),
             "MutualPairs": Pass(
                 "quick_mutual_pairs",
-                {"values": "BHTD", "words": "BT", "tops": "BHPT2", "sums": "BHPTD"},
-                "PTHD",
+                {"values": "BHTD", "words": "BT", "tops": "BHRT2", "sums": "BHRTD"},
+                "RTHD",
                 {"pairs": "BHTW"},
                 _mutual_pairs,
             ),

@@ -11,23 +11,28 @@ enum Operator { kCrossAttention, kNormAttention, kMutualAttention };
 enum Type { kFloat, kHalf, kBfloat };
 
 constexpr int kThreads = 256;    // of every block
-constexpr int kTile = 64;        // pixels of a tile, and rows or columns of an output tile
-constexpr int kGroup = 32;       // words that are on chip at a time
-constexpr int kMaxWords = 128;   // more than kGroup are streamed
+constexpr int kWarps = kThreads / 32;
+constexpr int kPiece = 32;       // pixels of a strip, words of a group, channels of a step
+constexpr int kMaxWords = 128;   // more than kPiece are streamed
 constexpr int kMaxWidth = 1024;  // channels, and channels of a head
 constexpr int kMaxChunks = 128;  // partial moments per expression
+constexpr int kMaxStrips = 131070;
+constexpr int kReach = 512;      // channels that a block gives
+constexpr int kRoom = 32768;     // bytes of shared memory: a float piece a warp, or left pieces
+constexpr int kSquare = 32 * 33; // floats of moments of 32 by 32 words, rows on other banks
 
 // The kernels' argument; `in` and `out` in the order of the operator's inputs and outputs.
 struct Call {
   void const* in[6];
   void* out[2];
   void* work;
-  void* part[5];  // pieces of the workspace, see *_places(); set by align()
+  void* part[6];  // pieces of the workspace, see *_places(); set by align()
   int batch, pixels, channels, words, heads;
   int width;   // channels of the values: D of CrossAttention, of a head of MutualAttention
-  int chunks;  // runs of tiles whose partial results meet in the workspace; set by cut()
-  int span;    // tiles of a run; set by cut()
-  int vector;  // bit i: rows of in[i] start at multiples of 16 bytes; bit 8: those of out[0]
+  int chunks;  // runs of strips whose partial results meet in the workspace; set by cut()
+  int span;    // times that a block goes through its strips; set by cut()
+  int fits;    // bits i and 8 + i: four and eight elements of in[i] may be read at once; 16 + i:
+               // four of out[i] may be written; set by align()
   float epsilon;
 };
 
@@ -44,19 +49,25 @@ struct Plan {
 };
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int depth_of(int size) { return 128 / size; }  // channels of one step of a product
 constexpr int size_of(Type type) { return type == kFloat ? 4 : 2; }
-// Elements from row to row in shared memory: 16 bytes more, so that rows fall on other banks.
-constexpr int row_of(int columns, int size) { return columns + 16 / size; }
-constexpr int tile_bytes(int rows, int columns, int size) {
-  return rows * row_of(columns, size) * size;
-}
 constexpr int triangle(int n) { return n * (n + 1) / 2; }
-constexpr int padded_words(int words) { return ceil_div(words, kGroup) * kGroup; }
+constexpr int groups_of(int words) { return ceil_div(words, kPiece); }
+constexpr int padded_words(int words) { return groups_of(words) * kPiece; }
+// Strips of a block of NormAttention, where they are read and where they are written; its warps
+// share them, and the channels of each. One where words are streamed.
+constexpr int strips_of(Call const& c) {
+  int const k = c.channels;
+  return c.words > kPiece ? 1 : k <= 64 ? 8 : k <= 128 ? 4 : k <= 384 ? 2 : 1;
+}
+constexpr int outputs_of(Call const& c) {
+  return c.words > kPiece ? 1 : c.channels <= 128 ? 4 : c.channels <= 256 ? 2 : 1;
+}
+// Floats of a record of moments: T means, T (T + 1) / 2 sums, to a multiple of four.
+constexpr int record_of(int words) { return ceil_div(words + triangle(words), 4) * 4; }
 
 // Byte offsets in the workspace, each a multiple of 256.
 struct Places {
-  unsigned long long at[5];
+  unsigned long long at[6];
   unsigned long long end;
   constexpr Places() : at{}, end(0) {}
   constexpr void place(int i, unsigned long long bytes) {
@@ -65,24 +76,20 @@ struct Places {
   }
 };
 
-// 0 weights [B, N, H T] in the operator's type.
-constexpr Places cross_places(Call const& c, int size) {
-  Places p;
-  p.place(0, 1ull * c.batch * c.pixels * c.heads * c.words * size);
-  return p;
-}
-
-// 0 weights [B, T, N] float, 1 partial moments [B, chunks, T + T (T + 1) / 2] float (room for the
-// most chunks, so that more pixels never need less), 2 their mean
-// [B, T] float, 3 columns and 4 thin [B, C, padded T] in the operator's type.
+// 0 centred weights [B, strips, groups, 1024] in the operator's type, 1 what they are centred by
+// [B, strips, T] float, 2 partial moments [B, chunks, record] float (room for the most chunks, so
+// that more pixels never need less), 3 their mean [B, T] float, 4 columns and 5 thin [B, C, padded
+// T] in the operator's type.
 constexpr Places norm_places(Call const& c, int size) {
   Places p;
-  p.place(0, 4ull * c.batch * c.words * c.pixels);
-  int const tiles = ceil_div(c.pixels, kTile), most = tiles < kMaxChunks ? tiles : kMaxChunks;
-  p.place(1, 4ull * c.batch * most * (c.words + triangle(c.words)));
-  p.place(2, 4ull * c.batch * c.words);
-  p.place(3, 1ull * c.batch * c.channels * padded_words(c.words) * size);
+  unsigned long long const strips = 1ull * c.batch * ceil_div(c.pixels, kPiece);
+  p.place(0, strips * groups_of(c.words) * kPiece * kPiece * size);
+  p.place(1, 4 * strips * c.words);
+  int const runs = ceil_div(ceil_div(c.pixels, kPiece), strips_of(c));
+  p.place(2, 4ull * c.batch * (runs < kMaxChunks ? runs : kMaxChunks) * record_of(c.words));
+  p.place(3, 4ull * c.batch * c.words);
   p.place(4, 1ull * c.batch * c.channels * padded_words(c.words) * size);
+  p.place(5, 1ull * c.batch * c.channels * padded_words(c.words) * size);
   return p;
 }
 
@@ -98,67 +105,66 @@ constexpr Places mutual_places(Call const& c, int size) {
 
 // Set chunks and span.
 constexpr void cut(Operator op, Call& c) {
-  int const tiles = ceil_div(c.pixels, kTile);
-  c.span = op == kNormAttention ? ceil_div(tiles, kMaxChunks) : 1;
-  c.chunks = ceil_div(tiles, c.span);
+  int const strips = ceil_div(c.pixels, kPiece);
+  int const each = op == kNormAttention ? strips_of(c) : kWarps;
+  c.span = op == kNormAttention ? ceil_div(strips, each * kMaxChunks) : 1;
+  c.chunks = ceil_div(strips, each * c.span);
 }
 
-// Which rows may be read 16 bytes at a time, from the pointers and the lengths of the rows.
-inline int vectors(Operator op, int size, Call const& c) {
+// What may be read and written at once, from the pointers and the lengths of the rows.
+inline int fits(Operator op, int size, Call const& c) {
   int const n = c.pixels, k = c.channels, t = c.words, w = c.width;
-  int const rows[3][6] = {{k, t, w, 0, 0, 0}, {n, k, 0, 0, k, k}, {w, 0, 0, n, w, 0}};
-  auto fits = [size](void const* at, int row) {
-    return row > 0 && row * size % 16 == 0 && reinterpret_cast<unsigned long long>(at) % 16 == 0;
+  int const rows[3][6] = {{k, c.heads * t, w, 0, 0, 0}, {n, k, 0, 0, k, k}, {w, 0, 0, n, w, 0}};
+  auto whole = [](void const* at, int row, int many, int bytes) {
+    int const together = many * bytes < 16 ? many * bytes : 16;
+    return row > 0 && row * bytes % together == 0 &&
+           reinterpret_cast<unsigned long long>(at) % together == 0;
   };
-  int found = fits(c.out[0], op == kCrossAttention ? w : n) << 8;
-  for (int i = 0; i < 6; ++i) found |= fits(c.in[i], rows[op][i]) << i;
+  int found = whole(c.out[0], op == kCrossAttention ? w : n, 4, size) << 16;
+  found |= whole(c.out[1], n, 4, 4) << 17;
+  for (int i = 0; i < 6; ++i) {
+    found |= whole(c.in[i], rows[op][i], 4, size) << i;
+    found |= whole(c.in[i], rows[op][i], 8, size) << (8 + i);
+  }
   return found;
 }
+// Elements of input i, and of the output, that may be read or written at once.
+constexpr int fit_of(Call const& c, int i) {
+  return c.fits >> (8 + i) & 1 ? 8 : c.fits >> i & 1 ? 4 : 1;
+}
+constexpr int fit_out(Call const& c, int i) { return c.fits >> (16 + i) & 1 ? 4 : 1; }
 
 #ifndef __CUDACC__
 // Decide the launches of a call and set its chunks and span; pointers are not looked at.
 inline Plan plan(Operator op, Type type, Call& c) {
   Plan p{};
-  int const size = size_of(type), tiles = ceil_div(c.pixels, kTile);
-  int const groups = ceil_div(c.words, kGroup), words = padded_words(c.words);
-  int const depth = depth_of(size);
+  int const size = size_of(type), strips = ceil_div(c.pixels, kPiece);
+  int const groups = groups_of(c.words), wide = padded_words(c.words);
   if (c.batch < 1 || c.batch > 65535 || c.pixels < 1 || c.words < 1 || c.words > kMaxWords ||
       c.channels < 1 || c.channels > kMaxWidth || c.heads < 1 || c.heads > 1024 || c.width < 1 ||
-      c.width > kMaxWidth || tiles > 65535)
+      c.width > kMaxWidth || strips > kMaxStrips)
     return p;
   cut(op, c);
   auto add = [&p](char const* name, int x, int y, int z, int shared) {
     p.launch[p.launches++] = Launch{name, {x, y, z}, shared};
   };
-  int const scores = tile_bytes(words, kTile, 4);  // one row a word
-  int const by_word = tile_bytes(kGroup, depth, size) + tile_bytes(depth, kTile, size);
   if (op == kCrossAttention) {
-    p.workspace = cross_places(c, size).end;
-    int const by_pixel = tile_bytes(kTile, depth, size) + tile_bytes(depth, kGroup, size);
-    add("cross_weights", c.heads, tiles, c.batch, tile_bytes(kTile, words, 4) + by_pixel);
-    int const stages = tile_bytes(kTile, kGroup, size) + tile_bytes(kGroup, kTile, size);
-    add("cross_output", ceil_div(c.width, kTile), tiles, c.batch,
-        stages + tile_bytes(kTile, kTile, 4));
+    add("cross_attention", strips, ceil_div(c.width, kReach), c.batch, kRoom);
   } else if (op == kNormAttention) {
+    int const each = strips_of(c), slices = ceil_div(c.channels, kPiece);
     p.workspace = norm_places(c, size).end;
-    int const rows = ceil_div(c.channels, kTile);
-    add("norm_scores", c.chunks, 1, c.batch, scores + by_word + 4 * c.words);
-    add("norm_columns", ceil_div(c.channels, kThreads / 32), 1, c.batch,
-        4 * (c.words + triangle(c.words) + kThreads / 32 * words));
-    add("norm_thin", rows, groups, c.batch,
-        tile_bytes(kTile, depth, size) + tile_bytes(depth, kGroup, size) +
-            tile_bytes(kTile, kGroup, 4));
-    add("norm_output", rows, tiles, c.batch,
-        tile_bytes(kTile, depth, size) + tile_bytes(kGroup, kTile, size) +
-            tile_bytes(depth, kTile, size) +
-            tile_bytes(kTile, kTile, 4));
+    add("norm_scores", c.chunks, 1, c.batch, kWarps * kSquare * 4 + (each + 2) * wide * 4);
+    add("norm_columns", slices, 1, c.batch,
+        kThreads * 16 + record_of(c.words) * 4 + wide * 4 + kWarps * wide * 8);
+    add("norm_thin", slices, groups, c.batch, kRoom);
+    int const few = outputs_of(c);
+    add("norm_output", ceil_div(strips, few), ceil_div(c.channels, kReach), c.batch,
+        kRoom + few * groups * kPiece * kPiece * size);
   } else {
     p.workspace = mutual_places(c, size).end;
-    add("mutual_seen", tiles, c.heads * groups, c.batch,
-        tile_bytes(kGroup, kTile, 4) + tile_bytes(kGroup, kTile, size) + by_word);
-    add("mutual_pairs", ceil_div(c.words, kThreads / 32), c.heads, c.batch,
-        kThreads / 32 * c.width * 4);
-    add("mutual_product", tiles, groups, c.batch, scores + by_word);
+    add("mutual_seen", c.chunks, c.heads * groups, c.batch, kRoom + kWarps * kPiece * 8);
+    add("mutual_pairs", ceil_div(c.words, kWarps), c.heads, c.batch, kWarps * c.width * 4);
+    add("mutual_product", strips, groups, c.batch, kRoom);
   }
   return p;
 }
@@ -166,11 +172,11 @@ inline Plan plan(Operator op, Type type, Call& c) {
 // Set what follows from the pointers.
 inline void align(Operator op, Type type, Call& c) {
   int const size = size_of(type);
-  Places const p = op == kCrossAttention  ? cross_places(c, size)
-                   : op == kNormAttention ? norm_places(c, size)
-                                          : mutual_places(c, size);
-  for (int i = 0; i < 5; ++i) c.part[i] = static_cast<char*>(c.work) + p.at[i];
-  c.vector = vectors(op, size, c);
+  Places const p = op == kNormAttention ? norm_places(c, size)
+                   : op == kMutualAttention ? mutual_places(c, size)
+                                            : Places();
+  for (int i = 0; i < 6; ++i) c.part[i] = static_cast<char*>(c.work) + p.at[i];
+  c.fits = fits(op, size, c);
 }
 #endif
 

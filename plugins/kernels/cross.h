@@ -1,81 +1,89 @@
 // CrossAttention: x [B, N, C], keys [B, C, H, T], values [B, H, T, D], words [B, T], offset
 // [B, H, T] -> [B, N, D].
 #pragma once
-#include "tile.h"
+#include "softmax.h"
 
 namespace refedge {
 
-// The weights of one head for a tile of pixels, to the workspace.
-template <class T> __device__ void cross_weights(Call const& c) {
+// A strip of 32 pixels: a warp makes the weights of a head, then up to 64 channels of all heads'
+// sum.
+template <class T>
+__device__ void cross_attention(Call const& c) {
   REFEDGE_SHARED(memory);
-  constexpr int kDepth = depth_of(sizeof(T));
-  int const h = blockIdx.x, p0 = blockIdx.y * kTile, b = blockIdx.z;
-  int const pixels = min(kTile, c.pixels - p0), row = row_of(padded_words(c.words), 4);
-  float* const scores = reinterpret_cast<float*>(memory);
-  T* const left = reinterpret_cast<T*>(scores + kTile * row);
-  T* const right = left + kTile * row_of(kDepth, sizeof(T));
+  int const p0 = blockIdx.x * kPiece, d0 = blockIdx.y * kReach, b = blockIdx.z;
+  int const lane = lane_of(), warp = warp_of();
+  int const pixels = min(kPiece, c.pixels - p0), all = c.heads * c.words;
+  // where the rows of all heads' keys are aligned, words are read from an aligned place before the
+  // head's first on; those of the head before get no weight
+  int const step = fit_of(c, 1) >= 4 ? 4 : 1, groups = ceil_div(c.words + step - 1, kPiece);
+  int const held = kRoom / static_cast<int>(sizeof(Piece<T>) * 32) / groups;  // heads on chip
+  Eight<T>* const room = reinterpret_cast<Eight<T>*>(memory) + lane;
   T const* const x = static_cast<T const*>(c.in[0]) + (1ll * b * c.pixels + p0) * c.channels;
-  int const columns = c.heads * c.words;
-  T const* const keys =
-      static_cast<T const*>(c.in[1]) + 1ll * b * c.channels * columns + h * c.words;
-  T const* const offset = static_cast<T const*>(c.in[4]) + 1ll * b * columns + h * c.words;
+  T const* const keys = static_cast<T const*>(c.in[1]) + 1ll * b * c.channels * all;
+  T const* const values = static_cast<T const*>(c.in[2]) + 1ll * b * all * c.width;
+  T const* const offset = static_cast<T const*>(c.in[4]) + 1ll * b * all;
   Words const words(c, c.in[3], b);
 
-  for (int t0 = 0; t0 < c.words; t0 += kGroup) {
-    Product<T, kTile, kGroup> product;
-    product.clear();
-    for (int k = 0; k < c.channels; k += kDepth) {
-      load_tile<kTile, kDepth>(left, x + k, c.channels, pixels, c.channels - k, c.vector & 1);
-      load_tile<kDepth, kGroup>(right, keys + 1ll * k * columns + t0, columns, c.channels - k,
-                                c.words - t0, c.vector & 2);
-      __syncthreads();
-      product.template add<kDepth>(left, row_of(kDepth, sizeof(T)), right, row_of(kGroup, sizeof(T)));
-      __syncthreads();
+  Sums<> found[kReach / kPiece / kWarps];
+  for (int h0 = 0; h0 < c.heads; h0 += held) {
+    int const end = min(h0 + held, c.heads);
+    if (h0) __syncthreads();
+    for (int h = h0 + warp; h < end; h += kWarps) {
+      int const before = h * c.words % step;
+      auto scores = [&](Sums<>& sums, int t0) {
+        int const at = h * c.words + t0;
+        for (int k = 0; k < c.channels; k += kPiece) {
+          Piece<T> left, right;
+          lines(left, x + k, c.channels, pixels, c.channels - k, fit_of(c, 0));
+          columns(right, keys + 1ll * k * all + at, all, c.channels - k, all - at, fit_of(c, 1));
+          multiply(sums, left, right.line);
+        }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          int const t = t0 + lane % 4 * 8 + k;
+          float const more = t >= 0 && t < c.words ? to_float(offset[h * c.words + t]) : 0.f;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums.at(i, k) += more;
+        }
+      };
+      Softmax<T> softmax;
+      word_softmax(softmax, words, -before, scores, [&](Sums<> const& weights, int t0) {
+        Piece<T> piece;
+        round_to(piece, weights);
+        int const place = (h - h0) * groups + (t0 + before) / kPiece;
+        store(room + place * 4 * 32, piece);
+      });
     }
-    product.store(scores + t0, row);
-  }
-  __syncthreads();
-  // the scores that this thread reads in word_softmax, so that there is nothing to wait for
-  for (int t = threadIdx.x % 4; t < c.words; t += 4)
-    scores[threadIdx.x / 4 * row + t] += to_float(offset[t]);
-  word_softmax(scores, 1, row, words, c.words, pixels);
-  __syncthreads();
-  T* const weights = static_cast<T*>(c.part[0]);
-  for (int e = threadIdx.x; e < pixels * c.words; e += kThreads) {
-    int const p = e / c.words, t = e % c.words;
-    weights[((1ll * b * c.pixels + p0 + p) * c.heads + h) * c.words + t] =
-        from_float<T>(scores[p * row + t]);
-  }
-}
-
-// weights [N, H T] x values [H T, D], a tile of the output.
-template <class T> __device__ void cross_output(Call const& c) {
-  REFEDGE_SHARED(memory);
-  int const d0 = blockIdx.x * kTile, p0 = blockIdx.y * kTile, b = blockIdx.z;
-  int const pixels = min(kTile, c.pixels - p0), depth = c.heads * c.words;
-  constexpr int row = row_of(kTile, 4);
-  float* const sums = reinterpret_cast<float*>(memory);
-  T* const left = reinterpret_cast<T*>(sums + kTile * row);
-  T* const right = left + kTile * row_of(kGroup, sizeof(T));
-  T const* const weights = static_cast<T const*>(c.part[0]) + (1ll * b * c.pixels + p0) * depth;
-  T const* const values = static_cast<T const*>(c.in[2]) + 1ll * b * depth * c.width + d0;
-  bool const aligned = depth % (16 / sizeof(T)) == 0;
-
-  Product<T, kTile, kTile> product;
-  product.clear();
-  for (int k = 0; k < depth; k += kGroup) {
-    load_tile<kTile, kGroup>(left, weights + k, depth, pixels, depth - k, aligned);
-    load_tile<kGroup, kTile>(right, values + 1ll * k * c.width, c.width, depth - k, c.width - d0,
-                             c.vector & 4);
     __syncthreads();
-    product.template add<kGroup>(left, row_of(kGroup, sizeof(T)), right, row_of(kTile, sizeof(T)));
-    __syncthreads();
+    for (int h = h0; h < end; ++h) {
+      int const before = h * c.words % step;
+      for (int t0 = -before; t0 < c.words; t0 += kPiece) {
+        int const place = (h - h0) * groups + (t0 + before) / kPiece;
+        Piece<T> left, right;
+        load(left, room + place * 4 * 32);
+#pragma unroll
+        for (int u = 0; u < kReach / kPiece / kWarps; ++u) {
+          int const d = d0 + (u * kWarps + warp) * kPiece;
+          if (d >= c.width) break;
+          columns(right, values + 1ll * (h * c.words + t0) * c.width + d, c.width, c.words - t0,
+                  c.width - d, fit_of(c, 2));
+          multiply(found[u], left, right.line);
+        }
+      }
+    }
   }
-  product.store(sums, row);
-  __syncthreads();
-  T* const y = static_cast<T*>(c.out[0]) + (1ll * b * c.pixels + p0) * c.width + d0;
-  store_tile(y, c.width, pixels, c.width - d0, c.vector & 256,
-             [&](int r, int x) { return sums[r * row + x]; });
+#pragma unroll
+  for (int u = 0; u < kReach / kPiece / kWarps; ++u)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int const p = lane / 4 * 4 + i, d = d0 + (u * kWarps + warp) * kPiece + lane % 4 * 8;
+      T* const y = static_cast<T*>(c.out[0]) + (1ll * b * c.pixels + p0 + p) * c.width + d;
+#pragma unroll
+      for (int k = 0; k < 8; k += 4)
+        if (p < pixels)
+          put(y + k, found[u].at(i, k), found[u].at(i, k + 1), found[u].at(i, k + 2),
+              found[u].at(i, k + 3), c.width - d - k, fit_out(c, 0));
+    }
 }
 
 }  // namespace refedge

@@ -1,7 +1,7 @@
 // NormAttention: query [B, C, N], keys [B, T, C], values [B, C, T], words [B, T], first and second
 // [C, C] -> gated map [B, C, N], relevance [B, N] float. ../../docs/folding.md has the algebra.
 #pragma once
-#include "tile.h"
+#include "softmax.h"
 
 namespace refedge {
 
@@ -17,253 +17,277 @@ __device__ inline void row_column(int e, int& i, int& j) {
   j = e - triangle(i);
 }
 
-// Weights of a run of tiles, their largest per pixel, and their mean and centred second moments,
-// tile by tile by Chan's rule: nothing is lost however flat the attention is.
-template <class T> __device__ void norm_scores(Call const& c) {
+// This lane's centred weights of a strip and 32 words in the workspace, in the order of pairs, so
+// that words that are not there are neither written nor read.
+template <class T>
+__device__ inline Eight<T>* strip_of(Call const& c, int b, int strip, int t0) {
+  long long const strips = ceil_div(c.pixels, kPiece);
+  long long const group = (b * strips + strip) * groups_of(c.words) + t0 / kPiece;
+  return static_cast<Eight<T>*>(c.part[0]) + group * 4 * 32 + lane_of();
+}
+template <class T>
+__device__ inline void keep(Eight<T>* at, Piece<T> const& piece, int words) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    if (lane_of() % 4 * 8 + 2 * k < words)
+      at[k * 32] = {
+          {piece.line[0].v[k], piece.line[1].v[k], piece.line[2].v[k], piece.line[3].v[k]}};
+}
+template <class T>
+__device__ inline void recall(Piece<T>& piece, Eight<T> const* at, int words) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    Eight<T> found{};
+    if (lane_of() % 4 * 8 + 2 * k < words) found = at[k * 32];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) piece.line[i].v[k] = found.v[i];
+  }
+}
+
+// A piece's elements as lines: its pixels become elements. Line i of lane 4 g + t is then element
+// 8 (g / 2) + 2 i + g % 2 of the lines that were.
+template <class T>
+__device__ inline void turn(Piece<T>& to, Piece<T> const& from) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) to.line[i].v[k] = flip<T>(from.line[k].v[i]);
+}
+
+// Weights of strips of 32 pixels, centred by their mean over the strip; their largest per pixel;
+// and the mean and centred second moments of a block's strips, by Chan's rule: nothing is lost
+// however flat the attention is. Where there are many channels, several warps share a strip.
+template <class T>
+__device__ void norm_scores(Call const& c) {
   REFEDGE_SHARED(memory);
-  constexpr int kDepth = depth_of(sizeof(T));
-  constexpr int row = row_of(kTile, 4);
-  int const chunk = blockIdx.x, b = blockIdx.z, lane = threadIdx.x % 32;
-  float* const scores = reinterpret_cast<float*>(memory);
-  T* const left = reinterpret_cast<T*>(scores + padded_words(c.words) * row);
-  T* const right = left + kGroup * row_of(kDepth, sizeof(T));
-  float* const mean = reinterpret_cast<float*>(right + kDepth * row_of(kTile, sizeof(T)));
+  int const each = strips_of(c), ways = kWarps / each;
+  int const b = blockIdx.z, lane = lane_of(), wide = padded_words(c.words);
+  int const mine = warp_of() / ways, way = warp_of() % ways;
+  float* const room = reinterpret_cast<float*>(memory);  // sums of ways, then squares of moments
+  float* const means = room + kWarps * kSquare;  // a row a strip, then so far, then with this turn
+  float* const before = means + each * wide;
+  float* const after = before + wide;
   T const* const query = static_cast<T const*>(c.in[0]) + 1ll * b * c.channels * c.pixels;
   T const* const keys = static_cast<T const*>(c.in[1]) + 1ll * b * c.words * c.channels;
   Words const words(c, c.in[3], b);
-  float* const weights =
-      static_cast<float*>(c.part[0]) + 1ll * b * c.words * c.pixels;
-  int const record = c.words + triangle(c.words);
-  float* const running =
-      static_cast<float*>(c.part[1]) + (1ll * b * c.chunks + chunk) * record;
-  float* const moments = running + c.words;
+  float* const record =
+      static_cast<float*>(c.part[2]) + (1ll * b * c.chunks + blockIdx.x) * record_of(c.words);
+  int const strips = ceil_div(c.pixels, kPiece);
 
-  for (int tile = 0; tile < c.span; ++tile) {
-    int const before = tile * kTile, p0 = chunk * c.span * kTile + before;
-    int const pixels = min(kTile, c.pixels - p0);
-    if (pixels <= 0) break;
-    for (int t0 = 0; t0 < c.words; t0 += kGroup) {
-      Product<T, kGroup, kTile> product;
-      product.clear();
-      for (int k = 0; k < c.channels; k += kDepth) {
-        load_tile<kGroup, kDepth>(left, keys + 1ll * t0 * c.channels + k, c.channels, c.words - t0,
-                                  c.channels - k, c.vector & 2);
-        load_tile<kDepth, kTile>(right, query + 1ll * k * c.pixels + p0, c.pixels, c.channels - k,
-                                 pixels, c.vector & 1);
+  for (int turn_of = 0; turn_of < c.span; ++turn_of) {
+    int const first = (blockIdx.x * c.span + turn_of) * each, strip = first + mine;
+    if (first >= strips) break;
+    int const p0 = strip * kPiece, pixels = min(max(c.pixels - p0, 0), kPiece);
+    Softmax<T> softmax;
+    Piece<T> centred;
+    auto scores = [&](Sums<>& sums, int t0) {
+      for (int k = way * kPiece; k < c.channels && pixels; k += ways * kPiece) {
+        Piece<T> left, right;
+        lines(right, keys + 1ll * t0 * c.channels + k, c.channels, c.words - t0, c.channels - k,
+              fit_of(c, 1));
+        columns(left, query + 1ll * k * c.pixels + p0, c.pixels, c.channels - k, pixels,
+                fit_of(c, 0));
+        multiply(sums, left, right.line);
+      }
+      if (ways == 1) return;
+      __syncthreads();
+#pragma unroll
+      for (int e = 0; e < 32; ++e)
+        if (way) room[(warp_of() * 32 + e) * 32 + lane] = sums.at(e / 8, e % 8);
+      __syncthreads();
+      for (int other = 1; other < ways && !way; ++other)
+#pragma unroll
+        for (int e = 0; e < 32; ++e)
+          sums.at(e / 8, e % 8) += room[((warp_of() + other) * 32 + e) * 32 + lane];
+    };
+    word_softmax(softmax, words, 0, scores, [&](Sums<>& weights, int t0) {
+      if (way || !pixels) return;
+      int const line = lane / 4 * 4;
+      float mean[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        mean[k] = 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (line + i < pixels) mean[k] += weights.at(i, k);
+        mean[k] = cross_sum(mean[k]) / pixels;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          centred.line[i].v[k] =
+              line + i < pixels ? pair<T>((weights.at(i, 2 * k) - mean[2 * k]) * kRaise,
+                                          (weights.at(i, 2 * k + 1) - mean[2 * k + 1]) * kRaise)
+                                : pair<T>(0.f, 0.f);
+      keep(strip_of<T>(c, b, strip, t0), centred, c.words - t0);
+      if (lane < 4) {
+        float* const kept =
+            static_cast<float*>(c.part[1]) + (1ll * b * strips + strip) * c.words + t0;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          means[mine * wide + t0 + lane * 8 + k] = mean[k];
+          if (t0 + lane * 8 + k < c.words) kept[lane * 8 + k] = mean[k];
+        }
+      }
+    });
+    if (!way && lane % 4 == 0) {
+      float* const largest = static_cast<float*>(c.out[1]) + 1ll * b * c.pixels + p0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (lane + i < pixels) largest[lane + i] = 1.f / softmax.sum[i];
+    }
+    __syncthreads();
+    auto count = [&](int s) { return min(max(c.pixels - (first + s) * kPiece, 0), kPiece); };
+    float const seen = 1.f * turn_of * each * kPiece;  // all of them there
+    float all = seen;
+    for (int s = 0; s < each; ++s) all += count(s);
+    for (int t = threadIdx.x; t < c.words; t += kThreads) {
+      float sum = turn_of ? seen * before[t] : 0.f;
+      for (int s = 0; s < each; ++s)
+        if (count(s)) sum += count(s) * means[s * wide + t];
+      record[t] = after[t] = sum / all;
+    }
+    for (int a0 = 0; a0 < c.words; a0 += kPiece)
+      for (int b0 = 0; b0 <= a0; b0 += kPiece) {
         __syncthreads();
-        product.template add<kDepth>(left, row_of(kDepth, sizeof(T)), right, row_of(kTile, sizeof(T)));
+        if (!way && pixels) {
+          Piece<T> rows, others;
+          if (c.words > kPiece) recall(centred, strip_of<T>(c, b, strip, a0), c.words - a0);
+          turn(rows, centred);
+          if (c.words > kPiece) recall(centred, strip_of<T>(c, b, strip, b0), c.words - b0);
+          turn(others, centred);
+          Sums<> sums;
+          multiply(sums, rows, others.line);
+          int const row = lane / 8 * 8 + lane / 4 % 2, column = lane % 4 * 8;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int k = 0; k < 8; ++k)
+              room[mine * kSquare + (row + 2 * i) * 33 + column + 2 * (k % 4) + k / 4] =
+                  sums.at(i, k);
+        }
         __syncthreads();
+        for (int e = threadIdx.x; e < kPiece * kPiece; e += kThreads) {
+          int const i = a0 + e / kPiece, j = b0 + e % kPiece;
+          if (i >= c.words || j > i) continue;
+          float* const at = record + c.words + triangle(i) + j;
+          float sum = 0.f;
+          for (int s = 0; s < each; ++s)
+            if (count(s)) {
+              float const apart = means[s * wide + i] - after[i];
+              sum += room[s * kSquare + e / kPiece * 33 + e % kPiece] / (kRaise * kRaise) +
+                     count(s) * apart * (means[s * wide + j] - after[j]);
+            }
+          if (turn_of) sum += *at + seen * (before[i] - after[i]) * (before[j] - after[j]);
+          *at = sum;
+        }
       }
-      product.store(scores + t0 * row, row);
-    }
     __syncthreads();
-    float const largest = word_softmax(scores, row, 1, words, c.words, pixels);
-    int const p = threadIdx.x / 4;
-    if (threadIdx.x % 4 == 0 && p < pixels)
-      static_cast<float*>(c.out[1])[1ll * b * c.pixels + p0 + p] = largest;
-    __syncthreads();
-    for (int t = threadIdx.x / 32; t < c.words; t += kThreads / 32) {
-      float* const line = scores + t * row;
-      float const m = warp_sum(line[lane] + line[lane + 32]) / pixels;
-      for (int q = lane; q < kTile; q += 32) {
-        if (q < pixels) weights[1ll * t * c.pixels + p0 + q] = line[q];
-        line[q] = q < pixels ? line[q] - m : 0.f;
-      }
-      if (lane == 0) mean[t] = m;
-    }
-    __syncthreads();
-    float const meet = 1.f * before * pixels / (before + pixels);
-    for (int e = threadIdx.x; e < triangle(c.words); e += kThreads) {
-      int i, j;
-      row_column(e, i, j);
-      float sum = 0.f;
-      for (int q = 0; q < kTile; ++q) {
-        int const at = (q + lane) % kTile;
-        sum += scores[i * row + at] * scores[j * row + at];
-      }
-      if (tile)
-        sum += moments[e] + (mean[i] - running[i]) * (mean[j] - running[j]) * meet;
-      moments[e] = sum;
-    }
-    __syncthreads();
-    for (int t = threadIdx.x; t < c.words; t += kThreads)
-      running[t] = tile ? running[t] + (mean[t] - running[t]) * pixels / (before + pixels) : mean[t];
+    for (int t = threadIdx.x; t < c.words; t += kThreads) before[t] = after[t];
     __syncthreads();
   }
 }
 
 // Mean and covariance over all pixels, then the columns (U - U mean) / sqrt(diag(U cov U') + eps).
-template <class T> __device__ void norm_columns(Call const& c) {
+template <class T>
+__device__ void norm_columns(Call const& c) {
   REFEDGE_SHARED(memory);
-  int const b = blockIdx.z, lane = threadIdx.x % 32, record = c.words + triangle(c.words);
-  float* const mean = reinterpret_cast<float*>(memory);
-  float* const covariance = mean + c.words;
-  float const* const partial =
-      static_cast<float const*>(c.part[1]) + 1ll * b * c.chunks * record;
-  int const run = c.span * kTile;
+  int const b = blockIdx.z, lane = lane_of(), warp = warp_of(), wide = padded_words(c.words);
+  int const record = record_of(c.words), quads = record / 4;
+  float* const raw = reinterpret_cast<float*>(memory);  // sums of records, later the covariance
+  float* const mean = raw + kThreads * 4 + record;
+  float* const shares = mean + wide;  // a row of pairs a warp
+  float const* const partial = static_cast<float const*>(c.part[2]) + 1ll * b * c.chunks * record;
+  int const run = c.span * strips_of(c) * kPiece;
   Words const words(c, c.in[3], b);
 
-  int const wide = padded_words(c.words), warp = threadIdx.x / 32;
-  float* const shares = covariance + triangle(c.words);  // a row a warp; the columns' room later
+  int const parts = max(kThreads / quads, 1);
+  for (int e = threadIdx.x; e < parts * quads; e += kThreads) {
+    float sum[4] = {};
+#pragma unroll 8
+    for (int k = e / quads; k < c.chunks; k += parts) {
+      Four<float> const found =
+          *reinterpret_cast<Four<float> const*>(partial + 1ll * k * record + e % quads * 4);
+      sum[0] += found.v[0].low, sum[1] += found.v[0].high;
+      sum[2] += found.v[1].low, sum[3] += found.v[1].high;
+    }
+    for (int i = 0; i < 4; ++i) raw[e * 4 + i] = sum[i];
+  }
   for (int t = lane; t < c.words; t += 32) {
     float sum = 0.f;
 #pragma unroll 8
-    for (int k = warp; k < c.chunks; k += kThreads / 32)
-      sum += partial[k * record + t] * min(run, c.pixels - k * run);
+    for (int k = warp; k < c.chunks; k += kWarps)
+      sum += partial[1ll * k * record + t] * min(run, c.pixels - k * run);
     shares[warp * wide + t] = sum;
   }
   __syncthreads();
   for (int t = threadIdx.x; t < c.words; t += kThreads) {
     float sum = 0.f;
-    for (int k = 0; k < kThreads / 32; ++k) sum += shares[k * wide + t];
+    for (int k = 0; k < kWarps; ++k) sum += shares[k * wide + t];
     mean[t] = sum / c.pixels;
-    if (blockIdx.x == 0)
-      static_cast<float*>(c.part[2])[1ll * b * c.words + t] = mean[t];
+    if (blockIdx.x == 0) static_cast<float*>(c.part[3])[1ll * b * c.words + t] = mean[t];
   }
   __syncthreads();
+  float* const covariance = raw + c.words;
   for (int e = threadIdx.x; e < triangle(c.words); e += kThreads) {
     int i, j;
     row_column(e, i, j);
     float sum = 0.f;
-#pragma unroll 16
+    for (int k = 0; k < parts; ++k) sum += covariance[k * record + e];
+#pragma unroll 8
     for (int k = 0; k < c.chunks; ++k) {
-      float const* const one = partial + k * record;
-      sum += one[c.words + e] +
-             (one[i] - mean[i]) * (one[j] - mean[j]) * min(run, c.pixels - k * run);
+      float const* const one = partial + 1ll * k * record;
+      sum += (one[i] - mean[i]) * (one[j] - mean[j]) * min(run, c.pixels - k * run);
     }
     covariance[e] = sum / c.pixels;
   }
   __syncthreads();
 
-  float* const shifted = shares + warp * wide;
+  // two channels of a warp at a time: every entry of the covariance serves both
   T const* const values = static_cast<T const*>(c.in[2]);
-  T* const columns = static_cast<T*>(c.part[3]);
-  int const channel = blockIdx.x * (kThreads / 32) + warp;  // one a warp: nothing waits in line
-  if (channel < c.channels) {
+  T* const columns = static_cast<T*>(c.part[4]);
+  Pair<float>* const shifted = reinterpret_cast<Pair<float>*>(shares) + warp * wide;
+  for (int k = 0; k < kPiece / kWarps; k += 2) {
+    int const channel = blockIdx.x * kPiece + warp * (kPiece / kWarps) + k;
+    if (channel >= c.channels) break;
+    bool const two = channel + 1 < c.channels;
     long long const at = 1ll * b * c.channels + channel;
-    float common = 0.f, variance = 0.f;
+    float common[2] = {}, variance[2] = {};
     for (int t = lane; t < c.words; t += 32) {
-      shifted[t] = words[t] ? to_float(values[at * c.words + t]) : 0.f;
-      common += shifted[t] * mean[t];
+      Pair<float> v{};
+      if (words[t]) {
+        v.low = to_float(values[at * c.words + t]);
+        if (two) v.high = to_float(values[(at + 1) * c.words + t]);
+      }
+      shifted[t] = v;
+      common[0] += v.low * mean[t], common[1] += v.high * mean[t];
     }
-    common = warp_sum(common);
-    for (int t = lane; t < wide; t += 32)
-      shifted[t] = t < c.words && words[t] ? shifted[t] - common : 0.f;
+    common[0] = warp_sum(common[0]), common[1] = warp_sum(common[1]);
+    for (int t = lane; t < wide; t += 32) {
+      Pair<float> v{};
+      if (t < c.words && words[t]) v = {shifted[t].low - common[0], shifted[t].high - common[1]};
+      shifted[t] = v;
+    }
     __syncwarp();
     for (int i = lane; i < c.words; i += 32) {
-      float spread = 0.f;
-      for (int j = 0; j < c.words; ++j)
-        spread += covariance[triangle(max(i, j)) + min(i, j)] * shifted[j];
-      variance += spread * shifted[i];
+      float spread[2] = {};
+#pragma unroll 4
+      for (int j = 0; j < c.words; ++j) {
+        float const both = covariance[triangle(max(i, j)) + min(i, j)];
+        spread[0] += both * shifted[j].low, spread[1] += both * shifted[j].high;
+      }
+      variance[0] += spread[0] * shifted[i].low, variance[1] += spread[1] * shifted[i].high;
     }
-    variance = fmaxf(warp_sum(variance), 0.f);
-    float const scale = 1.f / (sqrtf(variance + c.epsilon) * kRaise);
-    for (int t = lane; t < wide; t += 32)
-      columns[at * wide + t] = from_float<T>(shifted[t] * scale);
-  }
-}
-
-// first [C, C] x columns [C, T]: the gate's first map of what a word adds.
-template <class T> __device__ void norm_thin(Call const& c) {
-  REFEDGE_SHARED(memory);
-  constexpr int kDepth = depth_of(sizeof(T));
-  constexpr int row = row_of(kGroup, 4);
-  int const r0 = blockIdx.x * kTile, t0 = blockIdx.y * kGroup, b = blockIdx.z;
-  int const wide = padded_words(c.words), rows = min(kTile, c.channels - r0);
-  float* const sums = reinterpret_cast<float*>(memory);
-  T* const left = reinterpret_cast<T*>(sums + kTile * row);
-  T* const right = left + kTile * row_of(kDepth, sizeof(T));
-  T const* const first = static_cast<T const*>(c.in[4]) + 1ll * r0 * c.channels;
-  T const* const columns =
-      static_cast<T const*>(c.part[3]) + 1ll * b * c.channels * wide + t0;
-  T* const thin =
-      static_cast<T*>(c.part[4]) + (1ll * b * c.channels + r0) * wide + t0;
-
-  Product<T, kTile, kGroup> product;
-  product.clear();
-  for (int k = 0; k < c.channels; k += kDepth) {
-    load_tile<kTile, kDepth>(left, first + k, c.channels, rows, c.channels - k, c.vector & 16);
-    load_tile<kDepth, kGroup>(right, columns + 1ll * k * wide, wide, c.channels - k, kGroup, true);
-    __syncthreads();
-    product.template add<kDepth>(left, row_of(kDepth, sizeof(T)), right, row_of(kGroup, sizeof(T)));
-    __syncthreads();
-  }
-  product.store(sums, row);
-  __syncthreads();
-  for (int e = threadIdx.x; e < rows * kGroup; e += kThreads)
-    thin[1ll * (e / kGroup) * wide + e % kGroup] =
-        from_float<T>(sums[e / kGroup * row + e % kGroup]);
-}
-
-// tanh(second relu(thin P)) (columns P) for centred weights P, a tile of the output.
-template <class T> __device__ void norm_output(Call const& c) {
-  REFEDGE_SHARED(memory);
-  constexpr int kDepth = depth_of(sizeof(T));
-  constexpr int row = row_of(kTile, 4), line = row_of(kTile, sizeof(T));
-  constexpr int deep = row_of(kDepth, sizeof(T)), narrow = row_of(kGroup, sizeof(T));
-  int const r0 = blockIdx.x * kTile, p0 = blockIdx.y * kTile, b = blockIdx.z;
-  int const rows = min(kTile, c.channels - r0), pixels = min(kTile, c.pixels - p0);
-  int const wide = padded_words(c.words);
-  float* const sums = reinterpret_cast<float*>(memory);
-  T* const left = reinterpret_cast<T*>(sums + kTile * row);
-  T* const centred = left + kTile * deep;
-  T* const opened = centred + kGroup * line;
-  float const* const weights =
-      static_cast<float const*>(c.part[0]) + 1ll * b * c.words * c.pixels + p0;
-  float const* const mean =
-      static_cast<float const*>(c.part[2]) + 1ll * b * c.words;
-  T const* const columns =
-      static_cast<T const*>(c.part[3]) + (1ll * b * c.channels + r0) * wide;
-  T const* const thin =
-      static_cast<T const*>(c.part[4]) + 1ll * b * c.channels * wide;
-  T const* const second = static_cast<T const*>(c.in[5]) + 1ll * r0 * c.channels;
-
-  auto centre = [&](int t0) {
-    for (int e = threadIdx.x; e < kGroup * kTile; e += kThreads) {
-      int const t = t0 + e / kTile, p = e % kTile;
-      float const v =
-          t < c.words && p < pixels ? weights[1ll * t * c.pixels + p] - mean[t] : 0.f;
-      centred[e / kTile * line + p] = from_float<T>(v * kRaise);
+    float scale[2];
+    for (int e = 0; e < 2; ++e)
+      scale[e] = 1.f / (sqrtf(fmaxf(warp_sum(variance[e]), 0.f) + c.epsilon) * kRaise);
+    for (int t = lane; t < wide; t += 32) {
+      columns[at * wide + t] = from_float<T>(shifted[t].low * scale[0]);
+      if (two) columns[(at + 1) * wide + t] = from_float<T>(shifted[t].high * scale[1]);
     }
-  };
-  Product<T, kTile, kTile> found, gate;
-  found.clear();
-  gate.clear();
-  for (int t0 = 0; t0 < c.words; t0 += kGroup) {
-    centre(t0);
-    load_tile<kTile, kGroup>(left, columns + t0, wide, rows, kGroup, true);
-    __syncthreads();
-    found.template add<kGroup>(left, narrow, centred, line);
-    __syncthreads();
+    __syncwarp();
   }
-  for (int k = 0; k < c.channels; k += kDepth) {
-    Product<T, kDepth, kTile> thinned;
-    thinned.clear();
-    for (int t0 = 0; t0 < c.words; t0 += kGroup) {
-      if (c.words > kGroup) centre(t0);
-      load_tile<kDepth, kGroup>(left, thin + 1ll * k * wide + t0, wide, c.channels - k, kGroup,
-                                true);
-      __syncthreads();
-      thinned.template add<kGroup>(left, narrow, centred, line);
-      __syncthreads();
-    }
-    thinned.combine(thinned, [](float v, float) { return fmaxf(v, 0.f); });
-    thinned.store(sums, row);
-    load_tile<kTile, kDepth>(left, second + k, c.channels, rows, c.channels - k, c.vector & 32);
-    __syncthreads();
-    for (int e = threadIdx.x; e < kDepth * kTile; e += kThreads)
-      opened[e / kTile * line + e % kTile] =
-          from_float<T>(sums[e / kTile * row + e % kTile]);
-    __syncthreads();
-    gate.template add<kDepth>(left, deep, opened, line);
-    __syncthreads();
-  }
-  found.combine(gate, [](float v, float open) { return v * tanh_of<T>(open); });
-  found.store(sums, row);
-  __syncthreads();
-  T* const y = static_cast<T*>(c.out[0]) + (1ll * b * c.channels + r0) * c.pixels + p0;
-  store_tile(y, c.pixels, rows, pixels, c.vector & 256,
-             [&](int r, int x) { return sums[r * row + x]; });
 }
 
 }  // namespace refedge

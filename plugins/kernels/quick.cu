@@ -2,8 +2,8 @@
 // no workspace, and hand over inputs, integers, outputs in this order. What a pass leaves to the
 // next ones is an output. ../quick.py has the shapes of the tensors and the grids.
 #include "cross.h"
+#include "gate.h"
 #include "mutual.h"
-#include "norm.h"
 
 namespace refedge {
 
@@ -20,11 +20,14 @@ __device__ inline Call call_of(Operator op, Sizes const& given) {
 }
 
 #define REFEDGE_SCALAR float
+#define REFEDGE_BLOCKS 1
 #define REFEDGE_NAME(name) name##_float32
 #include "quick.h"
 #undef REFEDGE_SCALAR
 #undef REFEDGE_NAME
+#undef REFEDGE_BLOCKS
 
+#define REFEDGE_BLOCKS 2  // of the half types, on a multiprocessor
 #define REFEDGE_SCALAR half
 #define REFEDGE_NAME(name) name##_float16
 #include "quick.h"

@@ -1,6 +1,6 @@
 """What TensorRT's own ``tensorrt.plugin`` makes of ``plugins/quick.py``, as JSON on stdout.
 
-    python declared.py '[{"B": 1, "N": 900, "C": 64, "T": 20, "H": 8, "D": 32}, ...]'
+    python declared.py '[{"B": 1, "N": 900, "C": 64, "T": 20, "H": 8, "D": 32, "W": 32, ...}, ...]'
 
 Runs beside NVIDIA's bindings without a GPU. Registration, the reading of signatures, descriptors,
 the arithmetic on shapes and the plugin class are theirs. Ours are what only a builder has:
@@ -31,6 +31,7 @@ OPERATIONS: dict[Any, Callable[[int, int], int]] = {
     trt.DimensionOperation.PROD: lambda a, b: a * b,
     trt.DimensionOperation.FLOOR_DIV: lambda a, b: a // b,
     trt.DimensionOperation.CEIL_DIV: lambda a, b: -(-a // b),
+    trt.DimensionOperation.LESS: lambda a, b: int(a < b),
 }
 
 
@@ -159,13 +160,6 @@ class Extra(list[Any]):
         self[:] = [None] * count
 
 
-def lengths_of(x: dict[str, int]) -> dict[str, int]:
-    """The letters that follow from B, N, C, T, H and D."""
-    t, padded = x["T"], -(-x["T"] // 32) * 32
-    moments = t + t * (t + 1) // 2
-    return {**x, "W": padded, "P": -(-x["N"] // 64), "M": moments, "Q": x["H"] * t, "1": 1, "2": 2}
-
-
 def main(cases: list[dict[str, int]]) -> None:
     if trt.get_plugin_registry() is None:
         registry = Registry()
@@ -173,14 +167,13 @@ def main(cases: list[dict[str, int]]) -> None:
     trt.DimsExprs = lambda count: [None] * count
     tensors.SymExprImpl = written
     quick.register(trt, 87)
-    cases = [lengths_of(x) for x in cases]
     kinds = (trt.float32, trt.float16, trt.bfloat16)
     found = {
         str(kind): {name: declared(name, kind, cases, {}) for name in quick.PASSES}
         for kind in kinds
     }
     # lengths that are known when an engine is built change nothing
-    some = {letter: cases[0][letter] for letter in "CTHDWMQ"}
+    some = {letter: cases[0][letter] for letter in "CTHDWMK"}
     few = [x for x in cases if {**x, **some} == x]
     for name in quick.PASSES:
         closed = declared(name, trt.float16, few, some)["cases"]

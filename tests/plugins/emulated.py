@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ class Call(ctypes.Structure):
         ("inputs", ctypes.c_void_p * 6),
         ("outputs", ctypes.c_void_p * 2),
         ("work", ctypes.c_void_p),
-        ("parts", ctypes.c_void_p * 5),
+        ("parts", ctypes.c_void_p * 6),
         *((name, ctypes.c_int) for name in (
-            "batch", "pixels", "channels", "words", "heads", "width", "chunks", "span", "vector",
+            "batch", "pixels", "channels", "words", "heads", "width", "chunks", "span", "fits",
         )),
         ("epsilon", ctypes.c_float),
     )  # fmt: skip
@@ -163,9 +163,17 @@ def emulate(
 
 
 def run_pass(
-    one: Pass, tensors: dict[str, np.ndarray], dtype: str, *, order: int = 0, shift: int = 0
+    one: Pass,
+    tensors: dict[str, np.ndarray],
+    dtype: str,
+    *,
+    order: int = 0,
+    shift: Mapping[str, int] = {},
 ) -> dict[str, np.ndarray]:
-    """What a pass of ``plugins/quick.py`` makes of its inputs; outputs as those of ``emulate``."""
+    """What a pass of ``plugins/quick.py`` makes of its inputs; outputs as those of ``emulate``.
+
+    shift: as there, of an output by its name.
+    """
     kind = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
     lengths = one.lengths({name: tensors[name].shape for name in one.inputs})
     grid, shared = one.launch(lengths, kind.itemsize)
@@ -176,7 +184,7 @@ def run_pass(
         form = np.dtype(np.float32) if name in FLOAT32 else kind
         shape = tuple(lengths[letter] for letter in letters)
         blank = np.full((int(np.prod(shape)) + 2 * GUARD) * form.itemsize, 0xFF, np.uint8)
-        rooms[name] = offset(blank.view(form), shift)
+        rooms[name] = offset(blank.view(form), shift.get(name, 0))
         made[name] = rooms[name][GUARD:-GUARD].reshape(shape)
         arguments.append(ctypes.c_void_p(made[name].ctypes.data))
     pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))

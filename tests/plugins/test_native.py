@@ -21,8 +21,8 @@ TABLE = json.loads(compiling.TABLE.read_text())["cubins"]
 JETPACK_6 = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 KERNELS = {
     f"{name}_{dtype}"
-    for name in ("cross_weights", "cross_output", "norm_scores", "norm_columns", "norm_thin",
-                 "norm_output", "mutual_seen", "mutual_pairs", "mutual_product")
+    for name in ("cross_attention", "norm_scores", "norm_columns", "norm_thin", "norm_output",
+                 "mutual_seen", "mutual_pairs", "mutual_product")
     for dtype in ("float32", "float16", "bfloat16")
 }  # fmt: skip
 
@@ -93,11 +93,15 @@ def test_shared_memory_is_that_of_the_launches() -> None:
 
 @pytest.mark.parametrize("architecture", list(TABLE))
 def test_kernels_stay_within_their_resources(architecture: str) -> None:
-    """Two blocks of 256 threads fit 65,536 registers; little is spilled, and nothing in a loop of
-    NormAttention's output, where most of the work is."""
+    """Of the half types two blocks of 256 threads fit 65,536 registers, but for two kernels that
+    keep sums of all heads; pointers may be kept in memory, sums not. Where there are no tensor
+    cores for a type (float32, and bfloat16 before 8.0) products are made by hand."""
     for name, used in TABLE[architecture]["kernels"].items():
-        assert used["registers"] <= 128, name
-        assert used["spilled"] <= (0 if name.startswith("norm_output") else 80), name
+        kernel, dtype = name.rsplit("_", 1)
+        by_hand = dtype == "float32" or (dtype == "bfloat16" and architecture == "sm_75")
+        alone = dtype == "float32" or kernel in ("cross_attention", "mutual_product")
+        assert used["registers"] <= (255 if alone else 128), name
+        assert used["stack"] <= (256 if by_hand else 64), name
 
 
 def test_a_changed_cubin_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

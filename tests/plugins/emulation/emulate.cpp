@@ -14,8 +14,9 @@
 #include <vector>
 
 #define __device__
+#define __noinline__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define REFEDGE_SHARED(name) char* const name = emulation::shared
 
 struct Dim3 {
@@ -147,62 +148,67 @@ static float __shfl_xor_sync(unsigned mask, float v, int flip) {
 }
 static float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 
-// Tensor cores: lane 0 holds a warp's pieces whole and works for all, between two meetings.
-namespace nvcuda::wmma {
-struct matrix_a {};
-struct matrix_b {};
-struct accumulator {};
-struct row_major {};
-enum layout_t { mem_row_major };
-template <class Use, int, int, int, class T, class = row_major> struct fragment {
-  static constexpr int num_elements = 256;
-  T x[256];
-};
-template <class W> static void together(W const& work) {
+#define REFEDGE_EMULATED
+namespace refedge {
+// Any lane's value, all at once.
+template <class V> static V from_lane(V const& v, int lane) {
+  static char given[emulation::kThreads][256];
+  static_assert(sizeof(V) <= 256);
+  std::memcpy(given[emulation::current], &v, sizeof(V));
   emulation::enter(2);
-  if (emulation::current % 32 == 0) work();
+  V found;
+  std::memcpy(&found, given[emulation::current / 32 * 32 + lane % 32], sizeof(V));
   emulation::enter(2);
+  return found;
 }
-template <class F> void fill_fragment(F& f, float v) {
-  together([&] {
-    for (auto& x : f.x) x = v;
-  });
-}
-template <class F, class T> void load_matrix_sync(F& f, T const* from, int row) {
-  if (reinterpret_cast<uintptr_t>(from) % 32 || row * sizeof(T) % 16) emulation::diverged = true;
-  together([&] {
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 16; ++j) f.x[i * 16 + j] = from[i * row + j];
-  });
-}
-template <class F> void store_matrix_sync(float* to, F const& f, int row, layout_t) {
-  if (reinterpret_cast<uintptr_t>(to) % 32 || row % 4) emulation::diverged = true;
-  together([&] {
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 16; ++j) to[i * row + j] = f.x[i * 16 + j];
-  });
-}
-}  // namespace nvcuda::wmma
+}  // namespace refedge
+#include "../../../plugins/kernels/piece.h"
 
-#include "../../../plugins/kernels/tile.h"
-
-namespace nvcuda::wmma {
-template <class S, class A, class B> void mma_sync(S& d, A const& a, B const& b, S const& c) {
-  together([&] {
-    float left[16][16], right[16][16];
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 16; ++j)
-        left[i][j] = refedge::to_float(a.x[i * 16 + j]),
-        right[i][j] = refedge::to_float(b.x[i * 16 + j]);
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 16; ++j) {
-        float sum = c.x[i * 16 + j];
-        for (int k = 0; k < 16; ++k) sum += left[i][k] * right[k][j];
-        d.x[i * 16 + j] = sum;
-      }
-  });
+// Tensor cores, after the PTX ISA's figures: "Matrix Fragments for mma.m16n8k16 with floating point
+// type", with g = lane / 4 and t = lane % 4: a0 and a1 row g, column 2 t and 2 t + 1; a2 and a3 row
+// g + 8; a4 and a5 row g, column 2 t + 8; a6, a7 row g + 8; b0 and b1 rows 2 t and 2 t + 1, column
+// g; b2, b3 rows 2 t + 8; c0 and c1 row g, columns 2 t and 2 t + 1; c2, c3 row g + 8.
+template <class T>
+void refedge::mma(float (&c)[2], float (&d)[2], Pair<T> const (&a)[4], Pair<T> const (&b)[2]) {
+  struct Given {
+    float c[4];
+    T a[8], b[4];
+  };
+  static Given given[emulation::kThreads];
+  auto& mine = given[emulation::current];
+  for (int i = 0; i < 2; ++i) mine.c[i] = c[i], mine.c[2 + i] = d[i];
+  std::memcpy(mine.a, a, sizeof mine.a);
+  std::memcpy(mine.b, b, sizeof mine.b);
+  emulation::enter(2);
+  auto const* const warp = given + emulation::current / 32 * 32;
+  int const lane = emulation::current % 32;
+  float found[4];
+  for (int e = 0; e < 4; ++e) {
+    int const row = lane / 4 + (e < 2 ? 0 : 8), column = lane % 4 * 2 + e % 2;
+    found[e] = mine.c[e];
+    for (int k = 0; k < 16; ++k) {
+      int const of_a = row % 8 * 4 + k % 8 / 2, of_b = column * 4 + k % 8 / 2;
+      found[e] += to_float(warp[of_a].a[k % 2 + (row < 8 ? 0 : 2) + (k < 8 ? 0 : 4)]) *
+                  to_float(warp[of_b].b[k % 2 + (k < 8 ? 0 : 2)]);
+    }
+  }
+  emulation::enter(2);
+  for (int i = 0; i < 2; ++i) c[i] = found[i], d[i] = found[2 + i];
 }
-}  // namespace nvcuda::wmma
+
+// "movmatrix": lane i gives elements 2 (i % 4) and 2 (i % 4) + 1 of row i / 4, and gets those of
+// column i / 4.
+template <class T> refedge::Pair<T> refedge::movmatrix(Pair<T> p) {
+  static T given[emulation::kThreads][2];
+  std::memcpy(given[emulation::current], &p, sizeof p);
+  emulation::enter(2);
+  int const warp = emulation::current / 32 * 32, lane = emulation::current % 32;
+  T found[2];
+  for (int e = 0; e < 2; ++e) found[e] = given[warp + (lane % 4 * 2 + e) * 4 + lane / 8][lane / 4 % 2];
+  emulation::enter(2);
+  std::memcpy(&p, found, sizeof p);
+  return p;
+}
 
 #include "../../../plugins/kernels/kernels.cu"
 #include "../../../plugins/kernels/quick.cu"
@@ -234,7 +240,7 @@ template <class... A> static void call(void (*kernel)(A...), void** given) {
 #define REFEDGE_ENTRIES(name) \
   REFEDGE_ENTRY(name##_float32), REFEDGE_ENTRY(name##_float16), REFEDGE_ENTRY(name##_bfloat16)
 static std::map<std::string, void (*)(void**)> const quick = {
-    REFEDGE_ENTRIES(quick_cross_weights), REFEDGE_ENTRIES(quick_cross_output),
+    REFEDGE_ENTRIES(quick_cross_attention),
     REFEDGE_ENTRIES(quick_norm_scores), REFEDGE_ENTRIES(quick_norm_columns),
     REFEDGE_ENTRIES(quick_norm_thin), REFEDGE_ENTRIES(quick_norm_output),
     REFEDGE_ENTRIES(quick_mutual_seen), REFEDGE_ENTRIES(quick_mutual_pairs),
@@ -254,7 +260,7 @@ int refedge_plan(int op, int type, refedge::Call* call, refedge::Plan* found) {
   return found->launches;
 }
 
-// 0: done; 1: refused; 2: no such kernel; 3: threads wait for ever, or misaligned pieces; 4: more
+// 0: done; 1: refused; 2: no such kernel; 3: threads wait for ever; 4: more
 // shared memory than every architecture gives without being asked.
 int refedge_emulate(int op, int type, refedge::Call* call, int order) {
   static char const* const suffix[] = {"_float32", "_float16", "_bfloat16"};
