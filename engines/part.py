@@ -162,6 +162,11 @@ def _set_options(trt: Any, config: trt.IBuilderConfig, options: Options) -> None
     if hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806"):
         # 8.6 lends a profile to one context only, and the runtime has one for every shape
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+    if not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+        # as later versions have it: 8.6 makes handles of cuBLAS and cuDNN for plugins, which ours
+        # do not take, though its own kernels do not use those libraries
+        kept = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)
+        config.set_tactic_sources(sum(1 << int(source) for source in kept))
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.level is not None:

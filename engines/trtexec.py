@@ -74,7 +74,7 @@ def _precision(source: Source, part: str, version: str) -> list[str]:
         pinned = ",".join(f"{name}:fp32" for name in source.pinned(part))
         if pinned:
             words += ["--precisionConstraints=obey", f"--layerPrecisions={pinned}"]
-    return words
+    return [*words, "--tacticSources=-CUBLAS,-CUBLAS_LT,-CUDNN"]
 
 
 def _options(options: Options) -> list[str]:

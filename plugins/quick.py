@@ -33,7 +33,7 @@ _MOST = {
 # By letter: B expressions, N pixels, C channels, T words, H heads, D channels of values; W words
 # padded to 32, K weights of a strip of 32 pixels, S strips, P runs of strips of NormAttention, R of
 # MutualAttention, M moments of a run; digits are themselves.
-# These are symbols of TensorRT's, or integers: nothing but + - * // < is there, numbers on the right.
+# These are symbols of TensorRT's, or integers: + - * // < are there, with numbers on the right.
 Lengths = Mapping[str, Any]
 Launch = tuple[tuple[Any, Any, Any], Any]  # grid, bytes of shared memory
 

@@ -22,7 +22,8 @@ __device__ void cross_attention(Call const& c) {
   T const* const keys = static_cast<T const*>(c.in[1]) + 1ll * b * c.channels * all;
   T const* const values = static_cast<T const*>(c.in[2]) + 1ll * b * all * c.width;
   T const* const offset = static_cast<T const*>(c.in[4]) + 1ll * b * all;
-  Words const words(c, c.in[3], b);
+  Words words(c, c.in[3], b);
+  words.meet();
 
   Sums<> found[kReach / kPiece / kWarps];
   for (int h0 = 0; h0 < c.heads; h0 += held) {

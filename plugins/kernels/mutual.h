@@ -80,7 +80,8 @@ __device__ void mutual_pairs(Call const& c) {
   long long const head = 1ll * b * c.heads + h;
   float const* const tops = static_cast<float const*>(c.part[0]);
   float const* const sums = static_cast<float const*>(c.part[1]);
-  Words const words(c, c.in[2], b);
+  Words words(c, c.in[2], b);
+  words.meet();
   if (s >= c.words) return;
   T* const pairs = static_cast<T*>(c.part[2]) + (head * c.words + s) * padded_words(c.words);
   bool const there = words.any && words[s];
@@ -125,7 +126,8 @@ __device__ void mutual_product(Call const& c) {
   int const lane = lane_of(), warp = warp_of(), wide = padded_words(c.words);
   int const pixels = min(kPiece, c.pixels - p0), p = lane / 4 * 4;
   float* const room = reinterpret_cast<float*>(memory);
-  Words const words(c, c.in[2], b);
+  Words words(c, c.in[2], b);
+  words.meet();
 
   float meeting[4];
   Sums<> product;

@@ -69,7 +69,7 @@ __device__ void norm_scores(Call const& c) {
   float* const after = before + wide;
   T const* const query = static_cast<T const*>(c.in[0]) + 1ll * b * c.channels * c.pixels;
   T const* const keys = static_cast<T const*>(c.in[1]) + 1ll * b * c.words * c.channels;
-  Words const words(c, c.in[3], b);
+  Words words(c, c.in[3], b);
   float* const record =
       static_cast<float*>(c.part[2]) + (1ll * b * c.chunks + blockIdx.x) * record_of(c.words);
   int const strips = ceil_div(c.pixels, kPiece);
@@ -89,8 +89,8 @@ __device__ void norm_scores(Call const& c) {
                 fit_of(c, 0));
         multiply(sums, left, right.line);
       }
+      words.meet();
       if (ways == 1) return;
-      __syncthreads();
 #pragma unroll
       for (int e = 0; e < 32; ++e)
         if (way) room[(warp_of() * 32 + e) * 32 + lane] = sums.at(e / 8, e % 8);
@@ -168,15 +168,18 @@ __device__ void norm_scores(Call const& c) {
                   sums.at(i, k);
         }
         __syncthreads();
-        for (int e = threadIdx.x; e < kPiece * kPiece; e += kThreads) {
-          int const i = a0 + e / kPiece, j = b0 + e % kPiece;
-          if (i >= c.words || j > i) continue;
+        int const height = min(c.words - a0, kPiece), entries = a0 == b0 ? triangle(height) : height * kPiece;
+        for (int e = threadIdx.x; e < entries; e += kThreads) {
+          int r = e / kPiece, q = e % kPiece;
+          if (a0 == b0) row_column(e, r, q);
+          int const i = a0 + r, j = b0 + q;
           float* const at = record + c.words + triangle(i) + j;
           float sum = 0.f;
+#pragma unroll 4
           for (int s = 0; s < each; ++s)
             if (count(s)) {
               float const apart = means[s * wide + i] - after[i];
-              sum += room[s * kSquare + e / kPiece * 33 + e % kPiece] / (kRaise * kRaise) +
+              sum += room[s * kSquare + r * 33 + q] / (kRaise * kRaise) +
                      count(s) * apart * (means[s * wide + j] - after[j]);
             }
           if (turn_of) sum += *at + seen * (before[i] - after[i]) * (before[j] - after[j]);
@@ -200,7 +203,7 @@ __device__ void norm_columns(Call const& c) {
   float* const shares = mean + wide;  // a row of pairs a warp
   float const* const partial = static_cast<float const*>(c.part[2]) + 1ll * b * c.chunks * record;
   int const run = c.span * strips_of(c) * kPiece;
-  Words const words(c, c.in[3], b);
+  Words words(c, c.in[3], b);
 
   int const parts = max(kThreads / quads, 1);
   for (int e = threadIdx.x; e < parts * quads; e += kThreads) {
@@ -221,7 +224,7 @@ __device__ void norm_columns(Call const& c) {
       sum += partial[1ll * k * record + t] * min(run, c.pixels - k * run);
     shares[warp * wide + t] = sum;
   }
-  __syncthreads();
+  words.meet();
   for (int t = threadIdx.x; t < c.words; t += kThreads) {
     float sum = 0.f;
     for (int k = 0; k < kWarps; ++k) sum += shares[k * wide + t];

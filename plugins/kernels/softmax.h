@@ -4,15 +4,18 @@
 
 namespace refedge {
 
-// Which words there are; without any, all of them count alike (their scores are zero).
+// Which words there are; without any, all of them count alike. Known after meet(), a barrier of the
+// block, so that nothing waits for the words before it has to.
 struct Words {
   bool const* given;
   int count;
-  bool any;
+  bool own, any;
   __device__ Words(Call const& c, void const* words, int b)
       : given(static_cast<bool const*>(words) + 1ll * b * c.words),
         count(c.words),
-        any(__syncthreads_or(static_cast<int>(threadIdx.x) < c.words && given[threadIdx.x])) {}
+        own(static_cast<int>(threadIdx.x) < c.words && given[threadIdx.x]),
+        any(false) {}
+  __device__ void meet() { any = __syncthreads_or(own); }
   __device__ bool operator[](int t) const { return !any || given[t]; }
   // The most that scores of this lane's words first + 8 t + k may be: nothing where there is none.
   __device__ void limits(float (&found)[8], int first) const {
@@ -67,7 +70,8 @@ __device__ inline void word_softmax(Softmax<T>& softmax, Words const& words, int
   for (int turn = once; turn < 2; ++turn)
     for (int t0 = first; t0 < words.count; t0 += kPiece) {
       Sums<> sums;
-      if (words.any) scores(sums, t0);
+      scores(sums, t0);
+      if (!words.any) sums = Sums<>();
       float limits[8];
       words.limits(limits, t0);
       if (once || !turn) softmax.take(sums, limits);

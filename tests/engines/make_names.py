@@ -24,7 +24,7 @@ _CLASSES = """
     IPluginRegistry IProgressMonitor IRuntimeConfig ISerializationConfig ITensor ITimingCache
     LayerInformationFormat LayerType MemoryPoolType NetworkDefinitionCreationFlag OnnxParser
     OnnxParserFlag OnnxParserRefitter ParserError PreviewFeature ProfilingVerbosity Refitter Runtime
-    SerializationFlag TensorFormat TensorIOMode TensorLocation
+    SerializationFlag TacticSource TensorFormat TensorIOMode TensorLocation
 """
 CLASSES = _CLASSES.split()
 LOOK = r"""

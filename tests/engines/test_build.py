@@ -360,7 +360,7 @@ _COMMON = """
     profilingVerbosity exportLayerInfo skipInference memPoolSize refit versionCompatible
     builderOptimizationLevel hardwareCompatibilityLevel
 """
-_ONLY_8 = "fp16 int8 precisionConstraints layerPrecisions"
+_ONLY_8 = "fp16 int8 precisionConstraints layerPrecisions tacticSources"
 COMMON = set(_COMMON.split())
 KNOWN = {
     "8.6": COMMON | set(_ONLY_8.split()),

@@ -178,7 +178,7 @@ def test_launches_fit_every_architecture(words: int, wide: int) -> None:
     [(300, 64, 20), (300, 128, 32), (100, 256, 5), (70, 320, 20), (68, 416, 9), (70, 96, 40)],
 )
 def test_strips_are_shared_among_warps(pixels: int, channels: int, words: int, dtype: str) -> None:
-    """8, 4, 2 and 1 strips of a block, read and written, with and without all of the gate on chip."""
+    """8, 4, 2 and 1 strips of a block, read and written; all of the gate on chip, or not."""
     compare("NormAttention", make("NormAttention", (2, pixels, channels, words, 1, 1)), dtype)
 
 

@@ -97,7 +97,8 @@ def test_a_tensorrt_without_such_plugins_is_refused() -> None:
 
 def lengths_of(x: dict[str, int]) -> dict[str, int]:
     """The letters that follow from B, N, C, T, H and D, as ``kernels/call.h`` has it."""
-    call, plan = Call(batch=x["B"], pixels=x["N"], channels=x["C"], words=x["T"], heads=1, width=1), Plan()
+    sizes = {"batch": x["B"], "pixels": x["N"], "channels": x["C"], "words": x["T"]}
+    call, plan = Call(**sizes, heads=1, width=1), Plan()
     library().refedge_plan(1, 0, ctypes.byref(call), ctypes.byref(plan))
     padded, strips = -(-x["T"] // 32) * 32, -(-x["N"] // 32)
     moments = -(-(x["T"] + x["T"] * (x["T"] + 1) // 2) // 4) * 4
