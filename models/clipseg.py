@@ -6,6 +6,7 @@ asks for: the last layers of the visual transformer and its projection. ``from_f
 folder that transformers has written; nothing is downloaded.
 
 Late fusion: the activations are narrowed once per picture, FiLM's factors made once per expression.
+Pictures are squashed, as the published processor does; the masks are not calibrated.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .clip import (
     resize_positions,
 )
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, IMAGES, Method, Network, Part, Port
 
 Tensors = tuple[Tensor, ...]
 POSITIONS = "clip.vision_model.embeddings.position_embedding.weight"
@@ -124,16 +125,6 @@ class CLIPSeg(Network):
     tokens = "clip"
     config: CLIPSegConfig
 
-    @property
-    def framing(self) -> Framing:
-        """Squashed, as the published processor does; the masks are not calibrated."""
-        return Framing()
-
-    @property
-    def map_widths(self) -> tuple[int, ...]:
-        """Channels of ``Rehearsal.maps``: there are none."""
-        return ()
-
     def encode_text(self, ids: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """ids [B, T] int32 and words [B, T] bool to FiLM's factor and shift, both [B, 1, W]."""
         tower = self.clip.text_model
@@ -171,12 +162,6 @@ class CLIPSeg(Network):
         if image_index is None:
             image_index = torch.arange(len(ids), device=ids.device)
         return self.segment(image_index, *self.encode_text(ids, words), self.encode_image(pixels))
-
-    def rehearse(
-        self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor, masks: Tensor
-    ) -> Rehearsal:
-        """The forward; there is nothing more to look at."""
-        return Rehearsal(self(pixels, ids, words, image_index))
 
     @torch.no_grad()
     def rescale(self, shift: float, scale: float) -> None:

@@ -198,11 +198,6 @@ class CMMaskSD(Network):
     config: CMMaskSDConfig
 
     @property
-    def framing(self) -> Framing:
-        """Preprocessing and threshold."""
-        return self.config.framing
-
-    @property
     def map_widths(self) -> tuple[int, ...]:
         """Channels of ``Rehearsal.maps``."""
         return tuple(width for width, _ in self.config.levels)

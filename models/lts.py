@@ -45,6 +45,7 @@ class LTSConfig:
     pyramid, rates: channels of ASPP's branches and their rates.
     doublings:     channels after each transposed convolution.
     location:      weight of the locator's loss.
+    framing:       the paper's family puts a grey border around and asks for 35 %.
     """
 
     size: int = 416
@@ -159,11 +160,6 @@ class LTS(Network):
     )
     tokens: ClassVar[str] = "word-level"
     config: LTSConfig
-
-    @property
-    def framing(self) -> Framing:
-        """The paper's family puts a grey border around and asks for 35 %."""
-        return self.config.framing
 
     @property
     def map_widths(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from .m3att_config import CONFIGS, PAPER, PAPER_DARKNET, TINY, GruConfig, M3AttC
 from .m3att_heads import MaskHead, Reconstruction
 from .mscan import normalise_pixels
 from .mutual_attention import MutualDecoder, pick
-from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, IMAGES, AttentionShape, Method, Network, Part, Port, Rehearsal
 from .recurrent import BiRecurrent, WordVectors
 from .slvit import MEAN, STD
 from .swin import Swin
@@ -94,11 +94,6 @@ class M3Att(Network):
     std: Tensor
     high: ClassVar[tuple[str, ...]] = ("head.logit",)
     tokens: ClassVar[str] = "wordpiece"
-
-    @property
-    def framing(self) -> Framing:
-        """Swin's variant squashes, Darknet's puts a grey border around; both ask for 35 %."""
-        return self.config.framing
 
     @property
     def map_widths(self) -> tuple[int, ...]:

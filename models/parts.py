@@ -125,8 +125,9 @@ class Network(nn.Module):
 
     @property
     def framing(self) -> Framing:
-        """Preprocessing and threshold."""
-        return Framing()
+        """Preprocessing and threshold: the configuration's, where it has one."""
+        found: Framing = getattr(self.config, "framing", Framing())
+        return found
 
     @property
     def map_widths(self) -> tuple[int, ...]:

@@ -166,11 +166,6 @@ class STEP(Network):
     config: STEPConfig
 
     @property
-    def framing(self) -> Framing:
-        """The configuration's."""
-        return self.config.framing
-
-    @property
     def map_widths(self) -> tuple[int, ...]:
         """Channels of the atrous maps of F1 to F5."""
         return self.config.contexts
