@@ -33,6 +33,8 @@ from .clip import (
     encode_words,
     last_word,
     resize_positions,
+    text_settings,
+    vision_settings,
 )
 from .mscan import normalise_pixels
 from .parts import BATCH, IMAGES, Method, Network, Part, Port
@@ -255,26 +257,9 @@ def _own_config(
 
 
 def _transformers_config(config: CLIPSegConfig) -> TransformersConfig:
-    text, vision = config.text, config.vision
     return TransformersConfig(
-        text_config={
-            "vocab_size": text.vocabulary,
-            "hidden_size": text.width,
-            "intermediate_size": 4 * text.width,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "max_position_embeddings": text.positions,
-            "bos_token_id": text.vocabulary - 2,
-            "eos_token_id": text.vocabulary - 1,
-        },
-        vision_config={
-            "image_size": config.size,
-            "patch_size": vision.patch,
-            "hidden_size": vision.width,
-            "intermediate_size": 4 * vision.width,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-        },
+        text_config=text_settings(config.text),
+        vision_config=vision_settings(config.vision, config.size),
         projection_dim=config.embed,
         extract_layers=list(config.layers),
         reduce_dim=config.width,
