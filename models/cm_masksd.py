@@ -34,7 +34,18 @@ from .clip_resnet import ClipResNet, ModifiedResNet
 from .cris import Decoder, Neck, Projector, PyramidNeck
 from .distil import MaskedBranches
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import (
+    BATCH,
+    IMAGES,
+    AttentionShape,
+    Framing,
+    Method,
+    Network,
+    Part,
+    Port,
+    Rehearsal,
+    pick_all,
+)
 
 Tensors = tuple[Tensor, ...]
 PRODUCTS = 5  # tensors that the text part gives
@@ -227,7 +238,7 @@ class CMMaskSD(Network):
 
     def segment(self, image_index: Tensor, words: Tensor, *rest: Tensor) -> Tensor:
         """The ``mask`` part: what the others gave, text first, to logits [B, S, S]."""
-        seen = _rows(rest[PRODUCTS:], image_index)
+        seen = pick_all(rest[PRODUCTS:], image_index)
         return self.enlarge(self.decode(seen, words, rest[:PRODUCTS])[0])
 
     def decode(self, seen: Tensors, words: Tensor, products: Tensors) -> tuple[Tensor, Tensors]:
@@ -246,7 +257,7 @@ class CMMaskSD(Network):
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
     ) -> Tensor:
         """pixels [B or P, S, S, 3] uint8 to logits [B, S, S]; see ``parts.Network``."""
-        seen = _rows(self.encode_image(pixels), image_index)
+        seen = pick_all(self.encode_image(pixels), image_index)
         return self.enlarge(self.decode(seen, words, self.encode_text(ids, words))[0])
 
     def rehearse(
@@ -256,14 +267,14 @@ class CMMaskSD(Network):
         embedded = embed_words(self.clip.text_model, ids)
         features = self.read(embedded, words)
         maps = self.look(pixels)
-        seen = _rows(self.neck.look(maps), image_index)
+        seen = pick_all(self.neck.look(maps), image_index)
         logits, attention = self.decode(seen, words, self.speak(features, words))
         extra = None
         if self.branches is not None:
             chosen = torch.arange(0, len(ids), round(1 / self.config.distil_share)).to(ids.device)
             losses = self.branches(
                 self,
-                _rows(maps, image_index[chosen]),
+                pick_all(maps, image_index[chosen]),
                 embedded[chosen],
                 features[chosen],
                 words[chosen],
@@ -315,8 +326,3 @@ class CMMaskSD(Network):
             Part("image", Method(self, self.encode_image), (pixels,), seen),
             Part("mask", Method(self, self.segment), mask, (logits,)),
         )
-
-
-def _rows(maps: Tensors, index: Tensor | None) -> Tensors:
-    """Each expression's picture's row."""
-    return maps if index is None else tuple(m.index_select(0, index) for m in maps)

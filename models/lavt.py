@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mscan import normalise_pixels
-from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal, pick
 from .pwam import PWAM
 from .swin import Swin, SwinConfig
 from .text import TextConfig, bert, encode
@@ -165,7 +165,7 @@ class LAVT(Network):
         """
         swin = self.backbone
         x = swin.stage(0, swin.embed(normalise_pixels(pixels, self.mean, self.std)))
-        x = x if image_index is None else x.index_select(0, image_index)
+        x = pick(x, image_index)
         maps, attention, stream = [], [], []
         for i in range(4):
             keys, values = products[2 * i : 2 * i + 2]

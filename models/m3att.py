@@ -20,8 +20,8 @@ from .gated_neck import GatedNeck
 from .m3att_config import CONFIGS, PAPER, PAPER_DARKNET, TINY, GruConfig, M3AttConfig
 from .m3att_heads import MaskHead, Reconstruction
 from .mscan import normalise_pixels
-from .mutual_attention import MutualDecoder, pick
-from .parts import BATCH, IMAGES, AttentionShape, Method, Network, Part, Port, Rehearsal
+from .mutual_attention import MutualDecoder
+from .parts import BATCH, IMAGES, AttentionShape, Method, Network, Part, Port, Rehearsal, pick_all
 from .recurrent import BiRecurrent, WordVectors
 from .slvit import MEAN, STD
 from .swin import Swin
@@ -143,10 +143,10 @@ class M3Att(Network):
         language, state, *gate = text
         maps: Tensors = ()
         if self.config.early_fusion:
-            gathered = tuple(pick(x, image_index) for x in image)
+            gathered = pick_all(image, image_index)
             (image, maps), image_index = self._fuse(gathered, tuple(gate)), None
         vision = image[: 2 * self.config.layers]
-        beside = tuple(pick(x, image_index) for x in image[len(vision) :])
+        beside = pick_all(image[len(vision) :], image_index)
         product, attention = self.decoder(language, state, words, vision, image_index)
         return _Decoded(self.head(product, beside), product, tuple(attention), maps)
 

@@ -25,7 +25,18 @@ from torch import Tensor, nn
 
 from .deeplab import DeepLab, DeepLabConfig
 from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import (
+    BATCH,
+    IMAGES,
+    AttentionShape,
+    Framing,
+    Method,
+    Network,
+    Part,
+    Port,
+    Rehearsal,
+    pick_all,
+)
 from .recurrent import BiRecurrent, WordVectors
 from .step_layers import Atrous, ConvGRU, Focus, HeatMap, Point, Unit, WordAttention, resize, rows
 
@@ -230,10 +241,7 @@ class STEP(Network):
 
     def decode(self, words: Tensor, image_index: Tensor | None, *products: Tensor) -> Tensor:
         """words [B, T], keys, values, and products of pictures to logits [B, S, S]."""
-        image = products[2:]
-        if image_index is not None:
-            image = tuple(x.index_select(0, image_index) for x in image)
-        logits, _ = self.steps(words, products[:2], image)
+        logits, _ = self.steps(words, products[:2], pick_all(products[2:], image_index))
         return self.output(logits[-1])
 
     def forward(
@@ -248,7 +256,7 @@ class STEP(Network):
     ) -> Rehearsal:
         """The same, with a loss on the masks of the steps before the last."""
         maps = self.atrous_maps(pixels)
-        image = tuple(x.index_select(0, image_index) for x in self.project(maps))
+        image = pick_all(self.project(maps), image_index)
         logits, attention = self.steps(words, self.encode_text(ids, words), image)
         truth = F.avg_pool2d(masks[:, None].float(), self.config.stride)
         early = torch.cat(logits[:-1], 1)
