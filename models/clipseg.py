@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPSegConfig as TransformersConfig
 from transformers import CLIPSegForImageSegmentation
 
@@ -116,6 +116,7 @@ class CLIPSeg(Network):
         self.clip, self.decoder = whole.clip, whole.decoder
         vision = self.clip.vision_model
         vision.encoder.layers = vision.encoder.layers[: max(config.layers) + 1]
+        self.last = "decoder.transposed_convolution" + (".4" if config.refined else "")
         del self.clip.visual_projection, self.clip.logit_scale, vision.post_layernorm
         self.register_buffer("mean", torch.tensor(config.mean), persistent=False)
         self.register_buffer("std", torch.tensor(config.std), persistent=False)
@@ -165,24 +166,12 @@ class CLIPSeg(Network):
             image_index = torch.arange(len(ids), device=ids.device)
         return self.segment(image_index, *self.encode_text(ids, words), self.encode_image(pixels))
 
-    @torch.no_grad()
-    def rescale(self, shift: float, scale: float) -> None:
-        """Logits become ``scale * (logits - shift)``."""
-        enlarge = self.decoder.transposed_convolution
-        last: Any = enlarge[-1] if isinstance(enlarge, nn.Sequential) else enlarge
-        last.bias.sub_(shift).mul_(scale)
-        last.weight.mul_(scale)
-
     def parts(self) -> tuple[Part, ...]:
         """The three graphs: ``text`` per expression, ``image`` per picture, ``mask``."""
         c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
+        ids, words, pixels, index, logits = self.host_ports()
         film = tuple(Port(n, "float32", (BATCH, 1, c.width)) for n in ("factor", "shift"))
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
         seen = Port("seen", "float32", (IMAGES, len(c.layers), 1 + c.grid**2, c.width))
-        index = Port("image_index", "int32", (BATCH,))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
         return (
             Part("text", Method(self, self.encode_text), (ids, words), film),
             Part("image", Method(self, self.encode_image), (pixels,), (seen,)),

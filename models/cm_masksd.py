@@ -304,8 +304,7 @@ class CMMaskSD(Network):
         c = self.config
         depth, last = c.width // c.heads, c.width // 2
         gate = c.width if c.resnet is None else 2 * c.width
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
+        ids, words, pixels, index, logits = self.host_ports()
         products = (
             Port("gate", "float32", (BATCH, gate)),
             Port("keys", "float32", (BATCH, c.layers, c.heads, depth, c.words)),
@@ -313,13 +312,10 @@ class CMMaskSD(Network):
             Port("kernel", "float32", (BATCH, 9, last)),
             Port("offset", "float32", (BATCH, 9, 1)),
         )
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
-        index = Port("image_index", "int32", (BATCH,))
         seen = tuple(
             Port(f"seen_{i}", "float32", (IMAGES, width, side, side))
             for i, (width, side) in enumerate(c.seen, start=1)
         )
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
         mask = (index, words, *products, *seen)
         return (
             Part("text", Method(self, self.encode_text), (ids, words), products),

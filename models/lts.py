@@ -159,6 +159,7 @@ class LTS(Network):
         "head.logit",
     )
     tokens: ClassVar[str] = "word-level"
+    last = "head.logit"
     config: LTSConfig
 
     @property
@@ -211,13 +212,6 @@ class LTS(Network):
             {"location": self.config.location * location},
         )
 
-    @torch.no_grad()
-    def rescale(self, shift: float, scale: float) -> None:
-        last = self.head.logit
-        last.weight.mul_(scale)
-        if last.bias is not None:
-            last.bias.sub_(shift).mul_(scale)
-
     def cross_attention(self) -> tuple[AttentionShape, ...]:
         """The sentence's kernel at every pixel, or the locator's layers."""
         c = self.config
@@ -230,11 +224,7 @@ class LTS(Network):
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for every pair."""
         c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
-        index = Port("image_index", "int32", (BATCH,))
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
+        ids, words, pixels, index, logits = self.host_ports()
         text = tuple(
             Port(name, "float32", (BATCH, *shape))
             for name, shape in {"gate": (c.top, 1, 1), **self.locator.shapes(c.words)}.items()

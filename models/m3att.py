@@ -94,6 +94,7 @@ class M3Att(Network):
     std: Tensor
     high: ClassVar[tuple[str, ...]] = ("head.logit",)
     tokens: ClassVar[str] = "wordpiece"
+    last = "head.logit"
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -165,13 +166,6 @@ class M3Att(Network):
         again = self.config.reconstruction * self.reconstruction(out.product, text[0], words)
         return Rehearsal(out.logits, maps or out.maps, out.attention, {"language": again})
 
-    @torch.no_grad()
-    def rescale(self, shift: float, scale: float) -> None:
-        last = self.head.logit
-        last.weight.mul_(scale)
-        if last.bias is not None:
-            last.bias.sub_(shift).mul_(scale)
-
     def cross_attention(self) -> tuple[AttentionShape, ...]:
         """Mutual attention: one score matrix, softmax over either side."""
         c = self.config
@@ -180,12 +174,7 @@ class M3Att(Network):
 
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for every pair."""
-        c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
-        index = Port("image_index", "int32", (BATCH,))
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
+        ids, words, pixels, index, logits = self.host_ports()
         text, image = self._text_ports(), self._image_ports()
         inputs = (index, words, *text, *image)
         return (

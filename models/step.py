@@ -287,18 +287,14 @@ class STEP(Network):
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for the loop."""
         c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
+        ids, words, pixels, index, logits = self.host_ports()
         keys = Port("keys", "float32", (BATCH, c.key, c.words))
         values = Port("values", "float32", (BATCH, c.words, c.joint))
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
         products = tuple(
             Port(f"{name}_{level}", "float32", (IMAGES, side * side, width))
             for level, side in enumerate(c.grids, start=1)
             for name, width in (("queries", c.key), ("phi", c.joint))
         )
-        index = Port("image_index", "int32", (BATCH,))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
         given = (words, index, keys, values, *products)
         return (
             Part("text", Method(self, self.encode_text), (ids, words), (keys, values)),
