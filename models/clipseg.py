@@ -36,7 +36,7 @@ from .clip import (
     text_settings,
     vision_settings,
 )
-from .mscan import normalise_pixels
+from .mscan import MEAN, STD, normalise_pixels
 from .parts import BATCH, IMAGES, Method, Network, Part, Port
 
 Tensors = tuple[Tensor, ...]
@@ -68,8 +68,8 @@ class CLIPSegConfig:
     refined: bool = True
     text: ClipText = field(default_factory=ClipText)
     vision: ClipVision = field(default_factory=ClipVision)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def __post_init__(self) -> None:
         if self.size % self.vision.patch or not 1 <= self.words <= self.text.positions:

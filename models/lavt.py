@@ -19,14 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mscan import normalise_pixels
+from .mscan import MEAN, STD, normalise_pixels
 from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal, pick
 from .pwam import PWAM
 from .swin import Swin, SwinConfig
 from .text import TextConfig, bert, encode
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 TextProducts = tuple[Tensor, ...]
 

@@ -19,11 +19,10 @@ from .darknet import Darknet, unit_pixels
 from .gated_neck import GatedNeck
 from .m3att_config import CONFIGS, PAPER, PAPER_DARKNET, TINY, GruConfig, M3AttConfig
 from .m3att_heads import MaskHead, Reconstruction
-from .mscan import normalise_pixels
+from .mscan import MEAN, STD, normalise_pixels
 from .mutual_attention import MutualDecoder
 from .parts import BATCH, IMAGES, AttentionShape, Method, Network, Part, Port, Rehearsal, pick_all
 from .recurrent import BiRecurrent, WordVectors
-from .slvit import MEAN, STD
 from .swin import Swin
 from .text import bert, encode
 from .transformer import EncoderLayer, sine_grid

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels, in units of 0 to 1
+STD = (0.229, 0.224, 0.225)
+
 
 class MapLinear(nn.Linear):
     """A linear layer over the channels of a [B, C, H, W] map; its weight is a matrix."""

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from .hamburger import LightHamHead
 from .mscan import (
+    MEAN,
+    STD,
     ChannelNorm,
     Mlp,
     PatchEmbed,
@@ -34,8 +36,6 @@ from .text import TextConfig, bert, encode
 from .urce import CrossScaleEnhancement
 from .word_attention import GatedCross
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 SCORES = ("paper", "official", "all")
 
 TextProducts = tuple[Tensor, ...]

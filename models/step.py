@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deeplab import DeepLab, DeepLabConfig
-from .mscan import normalise_pixels
+from .mscan import MEAN, STD, normalise_pixels
 from .parts import (
     BATCH,
     IMAGES,
@@ -40,8 +40,6 @@ from .parts import (
 from .recurrent import BiRecurrent, WordVectors
 from .step_layers import Atrous, ConvGRU, Focus, HeatMap, Point, Unit, WordAttention, resize, rows
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 LEVELS = 5
 FINE = 2  # levels of stride 4; the others have stride 8
 EARLY = 0.3  # weight in training of the masks before the last
