@@ -16,7 +16,7 @@ import onnx
 
 from ..plugins.onnx_function import DOMAIN, node
 from .canonical import module_of
-from .graph import GraphIndex, attribute
+from .graph import GraphIndex, attribute, set_nodes
 from .heads import Heads, fold_heads, over_words
 from .rewrite import add, declare, node_of, reader_of, replace, rewrite
 from .words import Block, Fold, fold_words
@@ -281,7 +281,5 @@ def _tidy(model: onnx.ModelProto) -> None:
             (later if made.intersection(item.input) else nodes).append(item)
             made.difference_update(() if later and later[-1] is item else item.output)
         rest = later
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    set_nodes(graph, nodes)
     rewrite(model, ())
