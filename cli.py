@@ -6,6 +6,7 @@ package breaks only the verb that needs it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -78,8 +79,6 @@ def run(
     as_json: bool,
 ) -> None:
     """Segment what each of the EXPRESSIONS means in IMAGE."""
-    import dataclasses
-
     from .runtime.files import write_png
     from .runtime.segmenter import load
 
@@ -312,7 +311,7 @@ def demo(model: str, output: Path, scenes: int, rounds: int) -> None:
     torch = torch_scores(open_original(manifest), reference, items, rules, _progress("torch"))
     gallery(reference, output / "gallery.png")
     result = summary(scores, speed, torch)
-    write_json(result.record(), output / "demo.json")
+    write_json(dataclasses.asdict(result), output / "demo.json")
     print_table(result.title, result.header, result.rows)
     _say(f"report: {output / 'report.html'}, gallery: {output / 'gallery.png'}")
 

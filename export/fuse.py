@@ -9,7 +9,7 @@ before 10.7 prefers them to a plugin; ``plugins.onnx_function`` has them for a r
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -32,10 +32,6 @@ class Fusion:
     node: str
     operator: str
     why: str = ""
-
-    def record(self) -> dict[str, str]:
-        """For the manifest."""
-        return asdict(self)
 
 
 _UNGATED = "no gate of two linear maps without biases follows its norm"

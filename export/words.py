@@ -17,7 +17,7 @@ algebra, the numerics, and where it does not pay.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,10 +85,6 @@ class Fold:
     why: str
     moved: tuple[str, ...] = ()
     kind: str = "instance-norm"
-
-    def record(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
 
 
 @dataclass
