@@ -36,8 +36,8 @@ from .clip import (
     text_settings,
     vision_settings,
 )
-from .mscan import MEAN, STD, normalise_pixels
 from .parts import BATCH, IMAGES, Method, Network, Part, Port
+from .pictures import MEAN, STD, normalise_pixels
 
 Tensors = tuple[Tensor, ...]
 POSITIONS = "clip.vision_model.embeddings.position_embedding.weight"

@@ -33,19 +33,8 @@ from .clip import (
 from .clip_resnet import ClipResNet, ModifiedResNet
 from .cris import Decoder, Neck, Projector, PyramidNeck
 from .distil import MaskedBranches
-from .mscan import normalise_pixels
-from .parts import (
-    BATCH,
-    IMAGES,
-    AttentionShape,
-    Framing,
-    Method,
-    Network,
-    Part,
-    Port,
-    Rehearsal,
-    pick_all,
-)
+from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .pictures import normalise_pixels, pick_all
 
 Tensors = tuple[Tensor, ...]
 PRODUCTS = 5  # tensors that the text part gives

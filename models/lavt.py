@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mscan import MEAN, STD, normalise_pixels
-from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal, pick
+from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal
+from .pictures import MEAN, STD, normalise_pixels, pick
 from .pwam import PWAM
 from .swin import Swin, SwinConfig
 from .text import TextConfig, bert, encode

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .aspp import MaskHead
-from .darknet import BLOCKS, WIDTHS, Darknet, unit_pixels
+from .darknet import BLOCKS, WIDTHS, Darknet
 from .locators import CrossAttention, Filtering
 from .lts_neck import Neck, Tensors, VectorNorm
 from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .pictures import unit_pixels
 from .recurrent import BiRecurrent, WordVectors, masked_mean
 
 LOCATORS = ("filtering", "transformer")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .darknet import SLOPE, ConvNorm
-from .parts import pick
+from .pictures import pick
 
 Tensors = tuple[Tensor, ...]
 

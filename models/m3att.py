@@ -15,13 +15,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .darknet import Darknet, unit_pixels
+from .darknet import Darknet
 from .gated_neck import GatedNeck
 from .m3att_config import CONFIGS, PAPER, PAPER_DARKNET, TINY, GruConfig, M3AttConfig
 from .m3att_heads import MaskHead, Reconstruction
-from .mscan import MEAN, STD, normalise_pixels
 from .mutual_attention import MutualDecoder
-from .parts import BATCH, IMAGES, AttentionShape, Method, Network, Part, Port, Rehearsal, pick_all
+from .parts import BATCH, IMAGES, AttentionShape, Method, Network, Part, Port, Rehearsal
+from .pictures import MEAN, STD, normalise_pixels, pick_all, unit_pixels
 from .recurrent import BiRecurrent, WordVectors
 from .swin import Swin
 from .text import bert, encode

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .parts import pick
+from .pictures import pick
 from .text import MASKED
 from .transformer import FeedForward, SelfAttention, join_heads, sine_row, split_heads
 

@@ -10,7 +10,7 @@ With an image part, ``mask`` has two dynamic sizes, pictures and expressions; it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -54,16 +54,6 @@ class Part:
     module: Method
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-
-
-def pick(x: Tensor, image_index: Tensor | None) -> Tensor:
-    """Rows of pictures to rows of expressions; as they are where there is one for each."""
-    return x if image_index is None else x.index_select(0, image_index)
-
-
-def pick_all(xs: Iterable[Tensor], image_index: Tensor | None) -> tuple[Tensor, ...]:
-    """The same for several tensors."""
-    return tuple(pick(x, image_index) for x in xs)
 
 
 def pictures(batch: int) -> int:

@@ -21,17 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hamburger import LightHamHead
-from .mscan import (
-    MEAN,
-    STD,
-    ChannelNorm,
-    Mlp,
-    PatchEmbed,
-    Stem,
-    StripConvs,
-    normalise_pixels,
-)
+from .mscan import ChannelNorm, Mlp, PatchEmbed, Stem, StripConvs
 from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal
+from .pictures import MEAN, STD, normalise_pixels
 from .text import TextConfig, bert, encode
 from .urce import CrossScaleEnhancement
 from .word_attention import GatedCross

@@ -24,19 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deeplab import DeepLab, DeepLabConfig
-from .mscan import MEAN, STD, normalise_pixels
-from .parts import (
-    BATCH,
-    IMAGES,
-    AttentionShape,
-    Framing,
-    Method,
-    Network,
-    Part,
-    Port,
-    Rehearsal,
-    pick_all,
-)
+from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .pictures import MEAN, STD, normalise_pixels, pick_all
 from .recurrent import BiRecurrent, WordVectors
 from .step_layers import Atrous, ConvGRU, Focus, HeatMap, Point, Unit, WordAttention, resize, rows
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from refedge.models.deeplab import DeepLabConfig
 from refedge.models.lts_neck import coordinates
-from refedge.models.mscan import normalise_pixels
+from refedge.models.pictures import normalise_pixels
 from refedge.models.step import LEVELS, PAPER, STEP, TINY, STEPConfig
 from refedge.models.step_layers import Atrous, ConvGRU, resize
 from torch import Tensor, nn
