@@ -6,6 +6,7 @@ package breaks only the verb that needs it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -78,8 +79,6 @@ def run(
     as_json: bool,
 ) -> None:
     """Segment what each of the EXPRESSIONS means in IMAGE."""
-    import dataclasses
-
     from .runtime.files import write_png
     from .runtime.segmenter import load
 
@@ -95,7 +94,7 @@ def run(
             click.echo(json.dumps(record | {"timings_ms": dataclasses.asdict(mask.timings)}))
         else:
             share = 100 * mask.array.mean()
-            _say(
+            click.echo(
                 f"{mask.expression!r}: {share:.1f} % of the picture, score {mask.score:.2f}, "
                 f"{mask.timings.total:.1f} ms -> {path}"
             )
@@ -139,8 +138,8 @@ def quantize(
     )
     shares = (f"{part} {100 * s:.1f} %" for part, s in made.notes.get("int8_macs", {}).items())
     work = f", conv/linear MACs in int8: {', '.join(shares)}" if made.notes else ""
-    _say(f"{bundle.name} has the plan {made.name} in {', '.join(dialects)}{work}")
-    _say(f"plans: fp32, {', '.join(manifest.plans)}")
+    click.echo(f"{bundle.name} has the plan {made.name} in {', '.join(dialects)}{work}")
+    click.echo(f"plans: fp32, {', '.join(manifest.plans)}")
 
 
 @main.command("eval")
@@ -192,7 +191,7 @@ def evaluate(
         from .benchmarks.report import write_report
 
         write_report(report, result, speed)
-        _say(f"report: {report}")
+        click.echo(f"report: {report}")
 
 
 @main.command()
@@ -259,7 +258,7 @@ def compare(before: Path, after: Path, slower: float, lower: float) -> None:
     result = run(before, after, slower=slower / 100.0, lower=lower / 100.0)
     print_table(result.title, result.header, result.rows)
     for line in result.worse:
-        _say(f"worse: {line}")
+        click.echo(f"worse: {line}")
     sys.exit(1 if result.worse else 0)
 
 
@@ -286,9 +285,9 @@ def demo(model: str, output: Path, scenes: int, rounds: int) -> None:
     from .runtime.files import write_json
 
     bundle = output / f"{model.replace(':', '-')}.refedge"
-    manifest = run_export(open_model(model, words()), bundle, say=_say)
+    manifest = run_export(open_model(model, words()), bundle, say=click.echo)
     worst = max(r["end_to_end"]["sigma"] for r in manifest.parity["runs"].values())
-    _say(f"parity: logits differ from torch's by at most {worst:.1e} σ")
+    click.echo(f"parity: logits differ from torch's by at most {worst:.1e} σ")
     calibrated = {"data": "refshapes:calibration"}
     settings: dict[str, dict[str, Any]] = {
         "fp16": {},
@@ -296,12 +295,12 @@ def demo(model: str, output: Path, scenes: int, rounds: int) -> None:
         "naive": calibrated | {"samples": 16},  # for contrast; more samples do not mend it
     }
     for plan, setting in settings.items():
-        _say(f"quantizing: {plan}")
+        click.echo(f"quantizing: {plan}")
         run_quantize(bundle, plan, progress=lambda i, label: _progress(label)(i), **setting)
-    _say("timing")
+    click.echo("timing")
     speed = run_bench(bundle, rounds=rounds, progress=_progress("timing"))
     write_bench(speed, output / "bench.json")
-    _say("scoring")
+    click.echo("scoring")
     segmenters = open_plans(bundle, (), None)
     rules = protocol_named(manifest.protocol)
     items = open_items("refshapes:test", manifest.preprocess, rules, limit=scenes)
@@ -312,13 +311,9 @@ def demo(model: str, output: Path, scenes: int, rounds: int) -> None:
     torch = torch_scores(open_original(manifest), reference, items, rules, _progress("torch"))
     gallery(reference, output / "gallery.png")
     result = summary(scores, speed, torch)
-    write_json(result.record(), output / "demo.json")
+    write_json(dataclasses.asdict(result), output / "demo.json")
     print_table(result.title, result.header, result.rows)
-    _say(f"report: {output / 'report.html'}, gallery: {output / 'gallery.png'}")
-
-
-def _say(message: str) -> None:
-    click.echo(message)
+    click.echo(f"report: {output / 'report.html'}, gallery: {output / 'gallery.png'}")
 
 
 def _progress(label: str) -> Callable[[Iterable[Item]], Iterable[Item]]:

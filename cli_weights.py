@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def models(as_json: bool) -> None:
 
     found = summaries()
     if as_json:
-        click.echo(json.dumps([s.record() for s in found], indent=1))
+        click.echo(json.dumps([dataclasses.asdict(s) for s in found], indent=1))
         return
     for s in found:
         work = ", ".join(f"{part} {macs / 1e9:.3g}" for part, macs in s.macs.items())

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ..data.items import Bools, Item, Items, Query
 from ..data.protocols import Meter, Protocol, Scores
 from ..errors import DataError
-from ..runtime.masks import resize_logits
+from ..runtime.masks import iou, resize_logits
 from ..runtime.plan import decode_plan
 from ..runtime.segmenter import Segmenter, load
 from .device import describe
@@ -203,10 +203,10 @@ class _Tally:
         """Score an item's masks; returns their IoUs."""
         found = []
         for query, mask in zip(item.queries, masks, strict=True):
-            iou = self._meter.add(
+            score = self._meter.add(
                 mask, query.truth, family=query.family, things=item.things, target=query.target
             )
-            found.append(iou)
+            found.append(score)
         self._scenes.append(
             [i for i, q in zip(found, item.queries, strict=True) if self._counts(q)]
         )
@@ -269,8 +269,7 @@ class _Tally:
         least = (self._protocol.no_target or 0.0) * a.size
         if np.count_nonzero(a) < least and np.count_nonzero(b) < least:
             return 1.0
-        union = np.count_nonzero(a | b)
-        return float(np.count_nonzero(a & b) / union) if union else 1.0
+        return iou(a, b)
 
 
 def paired_change(ours: list[list[float]], theirs: list[list[float]]) -> Interval:

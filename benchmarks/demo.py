@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.items import Item, Items
 from ..data.protocols import Meter, Protocol, Scores
 from ..data.refshapes.dataset import RefShapes
 from ..runtime.files import write_png
+from ..runtime.masks import iou
 from ..runtime.segmenter import Segmenter
 from .accuracy import Accuracy
 from .bench import Bench
@@ -49,11 +49,9 @@ def gallery(segmenter: Segmenter, path: Path, scenes: int = 4) -> Path:
         for column, (mask, expression) in enumerate(zip(masks, sample.expressions, strict=True)):
             x, y = column * _TILE, row * (_TILE + caption)
             sheet.paste(mask.overlay(), (x, y))
-            truth = sample.mask(expression)
-            union = np.count_nonzero(mask.array | truth)
-            iou = np.count_nonzero(mask.array & truth) / union if union else 1.0
+            said = f"{expression.family}, IoU {iou(mask.array, sample.mask(expression)):.2f}"
             draw.text((x + 3, y + _TILE + 1), _cut(expression.text), "black", font)
-            draw.text((x + 3, y + _TILE + 14), f"{expression.family}, IoU {iou:.2f}", "gray", font)
+            draw.text((x + 3, y + _TILE + 14), said, "gray", font)
     write_png(sheet, path)
     return path
 
@@ -67,10 +65,6 @@ class Demo:
     rows: list[list[str]]
     artefacts: dict[str, dict[str, str]]
     device: dict[str, Any]
-
-    def record(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
 
 
 def torch_scores(

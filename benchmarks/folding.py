@@ -34,6 +34,7 @@ import numpy.typing as npt
 from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from ..runtime.bundle import Bundle, open_bundle
 from ..runtime.files import write_json
+from ..runtime.masks import iou
 from ..runtime.preprocess import open_photo, to_pixels
 from ..runtime.tokenizer import ExpressionTokenizer
 from .device import describe
@@ -222,17 +223,12 @@ def measure(
         "task": sides["after"].task,
         "bundles": {n: b.manifest.digest for n, b in bundles.items()},
         "graphs": {n: s.hashes for n, s in sides.items()},
-        "mask_iou": _iou(*masks),
+        "mask_iou": iou(*masks),
         "load_average": list(os.getloadavg()),
         "stages": stages(sides, rounds),
         "branch": _total(blocks),
         "blocks": blocks,
     }
-
-
-def _iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
-    union = int((a | b).sum())
-    return float((a & b).sum() / union) if union else 1.0
 
 
 def _blocks(

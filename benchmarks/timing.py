@@ -118,11 +118,7 @@ def take_turns(
             turns[name](index)
 
 
-def clocked(
-    runs: Mapping[Key, Callable[[], object]],
-    rounds: int,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda i: i,
-) -> dict[Key, Clocks]:
+def clocked(runs: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, Clocks]:
     """Milliseconds of each in turns, on both clocks.
 
     An untimed run goes before every short one, whose inputs others drove out of the caches.
@@ -140,7 +136,7 @@ def clocked(
 
         return take
 
-    take_turns({key: turn(key) for key in runs}, rounds, progress)
+    take_turns({key: turn(key) for key in runs}, rounds, iter)
     return spent
 
 

@@ -110,7 +110,7 @@ def _readers(index: GraphIndex, stream: Stream) -> list[tuple[str, npt.NDArray[n
             if weight is None or attribute(node, "group", 1) != 1:
                 found.append((name, None))
                 continue
-            values = index.constant(weight).astype(np.float64)
+            values = index.doubles(weight)
             values = values.T if node.op_type == "MatMul" else values
             found.append((name, values.reshape(*values.shape[:2], -1)))
         if name in stream.readers:

@@ -16,6 +16,7 @@ through a quantized tensor, because it enters behind the products that it masks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -209,17 +210,10 @@ def macs(index: GraphIndex, node: onnx.NodeProto) -> int:
     out, left, right = (index.shape(n) for n in (node.output[0], node.input[0], node.input[1]))
     if out is None or left is None or right is None:
         return 0
-    inner = _product(right[1:]) if node.op_type == "Conv" else left[-1]
-    return _product(out) * inner
+    inner = math.prod(right[1:]) if node.op_type == "Conv" else left[-1]
+    return math.prod(out) * inner
 
 
 def weighted_macs(index: GraphIndex) -> dict[str, int]:
     """Multiply-accumulates of every node with a constant weight, for a batch of one."""
     return {n.name: macs(index, n) for n in index.nodes if index.weight_of(n) is not None}
-
-
-def _product(sizes: Iterable[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 
 from ..errors import ExportError
-from ..export.graph import GraphIndex
+from ..export.graph import GraphIndex, copy_of
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
@@ -62,9 +62,9 @@ class Taps:
     are handed out in groups that fit into memory, at the price of one forward per group.
     """
 
-    def __init__(self, model: onnx.ModelProto, names: Iterable[str], threads: int = 1) -> None:
+    def __init__(self, model: onnx.ModelProto, names: Iterable[str]) -> None:
         groups = _groups(GraphIndex(model), list(names))
-        self._sessions = [(group, _session(model, group, threads)) for group in groups]
+        self._sessions = [(group, _session(model, group)) for group in groups]
 
     def values(self, inputs: Arrays) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
         """One forward; ``inputs`` by name. Raises ExportError ``calibrate-infinite``."""
@@ -77,9 +77,9 @@ class Taps:
 class Collector:
     """A histogram per named tensor of a graph, over calibration inputs."""
 
-    def __init__(self, model: onnx.ModelProto, names: Iterable[str], threads: int = 1) -> None:
+    def __init__(self, model: onnx.ModelProto, names: Iterable[str]) -> None:
         self.histograms = {name: Histogram() for name in names}
-        self._taps = Taps(model, self.histograms, threads)
+        self._taps = Taps(model, self.histograms)
 
     def add(self, inputs: Arrays) -> None:
         """One forward; ``inputs`` by name."""
@@ -112,12 +112,9 @@ def _groups(index: GraphIndex, names: list[str]) -> list[list[str]]:
     return [g for g in groups if g]
 
 
-def _session(
-    model: onnx.ModelProto, names: list[str], threads: int
-) -> onnxruntime.InferenceSession:
+def _session(model: onnx.ModelProto, names: list[str]) -> onnxruntime.InferenceSession:
     """A session over the same graph with other outputs."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
+    changed = copy_of(model)
     del changed.graph.output[:]
     for name in names:
         changed.graph.output.append(
@@ -126,7 +123,7 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False  # which every session would keep at its largest
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3
     raw = changed.SerializeToString()
     return onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])

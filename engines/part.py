@@ -87,7 +87,6 @@ class PartResult:
 
     memory: int = 0
     inspector: str = ""
-    warnings: tuple[str, ...] = ()
     error: tuple[str, str, str, str] | None = None  # code, what, why, fix
 
 
@@ -112,8 +111,7 @@ def build_part(trt: Any, task: PartTask, say: Say) -> PartResult:
     else:
         data = _built(trt, logger, task, say)  # its memory is free again
     write_atomically(Path(task.engine), data)
-    memory, inspector = _inspect(trt, logger, data, task)
-    return PartResult(memory, inspector, tuple(dict.fromkeys(logger.lines)))
+    return PartResult(*_inspect(trt, logger, data, task))
 
 
 def _built(trt: Any, logger: Any, task: PartTask, say: Say) -> bytes:

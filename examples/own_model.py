@@ -46,11 +46,8 @@ class Gated(Network):
         return self.decode(pixels, self.encode_text(ids, words))
 
     def parts(self) -> tuple[Part, ...]:
-        size, length = self.config.size, (BATCH, self.config.words)
-        ids, known = Port("ids", "int32", length), Port("words", "bool", length)
+        ids, known, pixels, _, logits = self.host_ports(BATCH)
         gate = Port("gate", "float32", (BATCH, self.config.width))
-        pixels = Port("pixels", "uint8", (BATCH, size, size, 3))
-        logits = Port("logits", "float32", (BATCH, size, size))
         text = Part("text", Method(self, self.encode_text), (ids, known), (gate,))
         return (text, Part("mask", Method(self, self.decode), (pixels, gate), (logits,)))
 

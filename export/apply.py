@@ -6,7 +6,7 @@ Everything the bundle held stays, byte for byte; an earlier plan of the same nam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import onnx
@@ -59,5 +59,5 @@ def _add_dialect(writer: BundleWriter, bundle: Bundle, plan: Plan, name: str) ->
         if sidecar:
             files.append(f"{graphs[part]}.layers.json")
             writer.add(files[-1], sidecar)
-        fused += [f.record() for f in fusions]
+        fused += [asdict(f) for f in fusions]
     return DialectSpec(name, plan.name, graphs, tuple(files), tuple(fused))

@@ -54,6 +54,11 @@ def module_of(node: onnx.NodeProto) -> str:
     return next((p.value for p in node.metadata_props if p.key == MODULE), "")
 
 
+def place(node: onnx.NodeProto, module: str) -> None:
+    """Say of a new node which torch module it belongs to."""
+    node.metadata_props.append(onnx.StringStringEntryProto(key=MODULE, value=module))
+
+
 def fold_constants(model: onnx.ModelProto) -> None:
     """Compute now what depends on weights alone.
 
@@ -107,7 +112,7 @@ def _name_modules(model: onnx.ModelProto) -> None:
         modules = [s.strip(" '\"") for s in scopes.strip("[]").split(",")][:-1]
         module = modules[-1].removeprefix("model").removeprefix(".") if modules else ""
         del node.metadata_props[:]
-        node.metadata_props.append(onnx.StringStringEntryProto(key=MODULE, value=module))
+        place(node, module)
     _inherit_modules(model)
 
 

@@ -27,6 +27,7 @@ from ..errors import ExportError
 from ..runtime.plan import PartPlan, Plan
 from .equalize import equalize
 from .fuse import Fusion, fuse
+from .graph import copy_of
 from .half import store_half, to_half
 from .lower import to_opset_17
 from .ort import for_ort
@@ -54,8 +55,7 @@ def require_dialects(names: Iterable[str]) -> None:
 
 def mark(model: onnx.ModelProto, dialect: str, plan: str) -> onnx.ModelProto:
     """A copy that says what it is and shares no memory with its source."""
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
+    out = copy_of(model)
     for key, value in ((DIALECT, dialect), (PLAN, plan)):
         out.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
     return out
@@ -69,10 +69,8 @@ def write_dialect(
     model = equalize(model, part.channels)
     fusions: list[Fusion] = []
     if dialect in WITH_PLUGIN:
-        fused = onnx.ModelProto()
-        fused.CopyFrom(model)
-        fusions = fuse(fused)
-        model = fused
+        model = copy_of(model)
+        fusions = fuse(model)
     out = write_qdq(model, part, unsigned=ort, stored=ort, unsigned_weights=dialect == "ort-u8u8")
     if ort and part.weights:
         store_tables(out)

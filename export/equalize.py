@@ -20,7 +20,7 @@ import onnx
 from onnx import numpy_helper
 
 from ..runtime.plan import ChannelScale
-from .graph import GraphIndex, attribute
+from .graph import GraphIndex, attribute, copy_of
 from .rewrite import add, declare, node_of
 from .words import recognise
 
@@ -197,8 +197,7 @@ def equalize(model: onnx.ModelProto, scales: Iterable[ChannelScale]) -> onnx.Mod
 
     Results stay what they were, up to float32's rounding and the epsilon of instance norms.
     """
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
+    out = copy_of(model)
     index = GraphIndex(out)
     factors: dict[str, tuple[int, Vector]] = {}
     for scale in scales:
@@ -224,7 +223,7 @@ def _scale_constants(
     if not reads and writes is None:
         return
     if node.op_type == "Conv" and takes:
-        weight = _real(index, node.input[1])
+        weight = index.doubles(node.input[1])
         if reads:
             grouped = attribute(node, "group", 1) != 1
             weight = weight / reads[0].reshape((-1, 1, 1, 1) if grouped else (1, -1, 1, 1))
@@ -232,7 +231,7 @@ def _scale_constants(
             weight = weight * writes.reshape(-1, 1, 1, 1)
         _put(index, node, 1, weight)
     elif node.op_type == "MatMul" and takes:
-        weight = _real(index, node.input[1])
+        weight = index.doubles(node.input[1])
         weight = weight / reads[0][:, None] if reads else weight
         _put(index, node, 1, weight if writes is None else weight * writes)
     if writes is None:
@@ -240,16 +239,12 @@ def _scale_constants(
     rank = len(index.shape(node.output[0]) or ())
     if node.op_type in ("Conv", "InstanceNormalization", "LayerNormalization"):
         for position in range(1 + (node.op_type == "Conv"), len(node.input)):
-            _put(index, node, position, _real(index, node.input[position]) * writes)
+            _put(index, node, position, index.doubles(node.input[position]) * writes)
     elif node.op_type == "Add":
         along = writes.reshape([-1 if i == axis else 1 for i in range(rank)])
         for position, name in enumerate(node.input):
             if name in index.tensors:
-                _put(index, node, position, _real(index, name) * along)
-
-
-def _real(index: GraphIndex, name: str) -> npt.NDArray[np.float64]:
-    return index.constant(name).astype(np.float64)
+                _put(index, node, position, index.doubles(name) * along)
 
 
 def _put(

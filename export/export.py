@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _manifest(
             "packages": {name: version(name) for name in ("refedge", *_PACKAGES)},
         },
         parity=parity,
-        folding=tuple(f.record() for f in folds),
+        folding=tuple(map(asdict, folds)),
     )
 
 

@@ -74,7 +74,7 @@ def _scale_convolution(index: GraphIndex, node: onnx.NodeProto) -> bool:
         return False
     if not own_weights(index, conv):
         return False
-    _scale_weights(index, conv, _channels(index, found[1]))
+    _scale_weights(index, conv, index.doubles(found[1]).reshape(-1))
     conv.output[0] = node.output[0]
     replace(index, node, [])
     return True
@@ -86,10 +86,10 @@ def _scale_norm(index: GraphIndex, node: onnx.NodeProto) -> bool:
     norm = None if found is None else index.maker.get(found[0])
     if found is None or norm is None or norm.op_type != "BatchNormalization":
         return False
-    scale = _channels(index, found[1])
+    scale = index.doubles(found[1]).reshape(-1)
     names = [f"{node.output[0]}/{kind}" for kind in ("weight", "bias")]
     for name, source in zip(names, norm.input[1:3], strict=True):
-        add(index, name, (_doubles(index, source) * scale).astype(np.float32))
+        add(index, name, (index.doubles(source) * scale).astype(np.float32))
     made = node_of(norm, "BatchNormalization", [], node.output, f"{node.name}/folded")
     made.input.extend([norm.input[0], *names, *norm.input[3:]])
     made.attribute.extend(norm.attribute)
@@ -115,7 +115,7 @@ def _norm_over_places(index: GraphIndex, node: onnx.NodeProto) -> bool:
         affine = _affine(index, node)
         scale, shift = (a.reshape(1, -1, 1, 1) for a in (affine.scale, affine.shift))
         _scale_weights(index, conv, affine.scale)
-        _set(index, places, _doubles(index, places) * scale + shift)
+        _set(index, places, index.doubles(places) * scale + shift)
         total.output[0] = node.output[0]
         replace(index, node, [])
         return True
@@ -123,10 +123,10 @@ def _norm_over_places(index: GraphIndex, node: onnx.NodeProto) -> bool:
 
 
 def _scale_weights(index: GraphIndex, conv: onnx.NodeProto, scale: Doubles) -> None:
-    weight = _doubles(index, conv.input[1])
+    weight = index.doubles(conv.input[1])
     _set(index, conv.input[1], weight * scale.reshape(-1, *([1] * (weight.ndim - 1))))
     for bias in conv.input[2:3]:
-        _set(index, bias, _doubles(index, bias) * scale)
+        _set(index, bias, index.doubles(bias) * scale)
 
 
 def _merge_shortcut(index: GraphIndex, node: onnx.NodeProto) -> bool:
@@ -175,10 +175,10 @@ def _norm_into_convolutions(index: GraphIndex, node: onnx.NodeProto) -> bool:
         return False
     affine = _affine(index, node)
     for conv in readers:
-        weight = _doubles(index, conv.input[1])
+        weight = index.doubles(conv.input[1])
         shift = weight.reshape(len(weight), -1) @ affine.shift
         _set(index, conv.input[1], weight * affine.scale.reshape(1, -1, 1, 1))
-        _set(index, conv.input[2], _doubles(index, conv.input[2]) + shift)
+        _set(index, conv.input[2], index.doubles(conv.input[2]) + shift)
         conv.input[0] = node.input[0]
     replace(index, node, [])
     return True
@@ -232,17 +232,9 @@ def _scaled(index: GraphIndex, node: onnx.NodeProto) -> tuple[str, str] | None:
 
 
 def _affine(index: GraphIndex, norm: onnx.NodeProto) -> Affine:
-    weight, bias, mean, variance = (_doubles(index, n) for n in norm.input[1:5])
+    weight, bias, mean, variance = (index.doubles(n) for n in norm.input[1:5])
     scale = weight / np.sqrt(variance + float(str(attribute(norm, "epsilon", 1e-5))))
     return Affine(scale, bias - mean * scale)
-
-
-def _channels(index: GraphIndex, constant: str) -> Doubles:
-    return _doubles(index, constant).reshape(-1)
-
-
-def _doubles(index: GraphIndex, name: str) -> Doubles:
-    return index.constant(name).astype(np.float64)
 
 
 def _set(index: GraphIndex, name: str, value: Doubles) -> None:

@@ -9,14 +9,14 @@ before 10.7 prefers them to a plugin; ``plugins.onnx_function`` has them for a r
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from ..plugins.onnx_function import DOMAIN, node
 from .canonical import module_of
-from .graph import GraphIndex, attribute
+from .graph import GraphIndex, attribute, set_nodes
 from .heads import Heads, fold_heads, over_words
 from .rewrite import add, declare, node_of, reader_of, replace, rewrite
 from .words import Block, Fold, fold_words
@@ -32,10 +32,6 @@ class Fusion:
     node: str
     operator: str
     why: str = ""
-
-    def record(self) -> dict[str, str]:
-        """For the manifest."""
-        return asdict(self)
 
 
 _UNGATED = "no gate of two linear maps without biases follows its norm"
@@ -281,7 +277,5 @@ def _tidy(model: onnx.ModelProto) -> None:
             (later if made.intersection(item.input) else nodes).append(item)
             made.difference_update(() if later and later[-1] is item else item.output)
         rest = later
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    set_nodes(graph, nodes)
     rewrite(model, ())

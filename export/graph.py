@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,10 @@ class GraphIndex:
         """The value of an initializer."""
         return np.asarray(numpy_helper.to_array(self.tensors[name]))
 
+    def doubles(self, name: str) -> npt.NDArray[np.float64]:
+        """The same in float64."""
+        return self.constant(name).astype(np.float64)
+
     def is_float(self, name: str) -> bool:
         """Whether a tensor is float32, as far as shape inference knows."""
         if name in self.tensors:
@@ -56,6 +61,27 @@ class GraphIndex:
             constants = [i for i in node.input if i in self.tensors]
             return constants[0] if len(constants) == 1 else None
         return None
+
+
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model, sharing no memory."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    return out
+
+
+def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Let a graph have these nodes, of which some may be its own, and no others."""
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Remove the constants that no node reads."""
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [t for t in graph.initializer if t.name not in used]:
+        graph.initializer.remove(tensor)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:

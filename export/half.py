@@ -10,8 +10,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..plugins.onnx_function import DOMAIN
-from .canonical import MODULE, module_of
-from .graph import GraphIndex
+from .canonical import module_of, place
+from .graph import GraphIndex, set_nodes
 
 _LARGEST = 65504.0
 # operators whose float inputs are not data: sizes and regions of interest stay float32
@@ -36,10 +36,7 @@ def store_half(model: onnx.ModelProto) -> onnx.ModelProto:
         casts.append(
             helper.make_node("Cast", [tensor.name], [name], f"{name}/Cast", to=TensorProto.FLOAT)
         )
-    nodes = [*casts, *graph.node]
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    set_nodes(graph, [*casts, *graph.node])
     return model
 
 
@@ -79,12 +76,10 @@ class _Typer:
         used = {i for n in self._nodes for i in n.input}
         kept = [t for t in graph.initializer if t.name in used]
         kept += [t for t in self._constants.values() if t.name in used]
-        copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in self._nodes]
         tensors = [TensorProto.FromString(t.SerializeToString()) for t in kept]
-        for field, values in ((graph.node, copies), (graph.initializer, tensors)):
-            del field[:]
-            field.extend(values)
-        del graph.value_info[:]
+        set_nodes(graph, self._nodes)
+        del graph.initializer[:], graph.value_info[:]
+        graph.initializer.extend(tensors)
         return self._model
 
     def _type(self, node: onnx.NodeProto) -> None:
@@ -134,7 +129,7 @@ class _Typer:
             suffix = "half" if wanted == TensorProto.FLOAT16 else "single"
             made = f"{name}/{suffix}"
             cast = helper.make_node("Cast", [name], [made], f"{made}/Cast", to=wanted)
-            cast.metadata_props.append(onnx.StringStringEntryProto(key=MODULE, value=module))
+            place(cast, module)
             self._nodes.append(cast)
             self._kind[made] = wanted
             self._made[name, wanted] = made

@@ -197,13 +197,13 @@ def _matrix(index: GraphIndex, node: onnx.NodeProto) -> Doubles | None:
     """The constant right factor of a product with rows [B, N, C]."""
     if node.input[1] not in index.tensors or len(index.tensors[node.input[1]].dims) != 2:
         return None
-    return index.constant(node.input[1]).astype(np.float64)
+    return index.doubles(node.input[1])
 
 
 def _factors(index: GraphIndex, found: _Found) -> dict[str, npt.NDArray[np.float32]]:
     """What the words are multiplied with: [H, C + 1, d] for keys, [H, d, out] for values."""
     b, query, out = found.block, _matrix(index, found.query), _matrix(index, found.out)
-    bias = index.constant(found.bias).astype(np.float64) if found.bias else np.zeros(b.inner)
+    bias = index.doubles(found.bias) if found.bias else np.zeros(b.inner)
     rows = np.concatenate([query if query is not None else np.zeros(0), bias[None]])
     keys = rows.reshape(b.channels + 1, b.heads, -1).transpose(1, 0, 2)
     values = (out if out is not None else np.zeros(0)).reshape(b.heads, -1, b.out)

@@ -15,8 +15,8 @@ from onnx import helper, numpy_helper
 
 from ..errors import ExportError
 from ..plugins.onnx_function import DOMAIN
-from .canonical import MODULE, module_of
-from .graph import GraphIndex
+from .canonical import module_of, place
+from .graph import GraphIndex, drop_unread, set_nodes
 
 OPSET = 17
 IR_VERSION = 8
@@ -46,13 +46,9 @@ def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
                 ("gelu/half", 0.5),
             )
         )
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-    used = {i for n in copies for i in n.input}
-    for tensor in [t for t in model.graph.initializer if t.name not in used]:
-        model.graph.initializer.remove(tensor)
-    for node in copies:
+    set_nodes(model.graph, nodes)
+    drop_unread(model.graph)
+    for node in model.graph.node:
         _require(node)
     model.opset_import[0].version = OPSET
     model.ir_version = IR_VERSION
@@ -75,7 +71,7 @@ def _gelu(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     for operator, inputs, suffix in steps:
         name = f"{node.name}/{operator}{'_half' if not suffix else ''}"
         made = helper.make_node(operator, inputs, [f"{y}/{suffix}" if suffix else y], name)
-        made.metadata_props.append(onnx.StringStringEntryProto(key=MODULE, value=module_of(node)))
+        place(made, module_of(node))
         out.append(made)
     return out
 

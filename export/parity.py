@@ -22,6 +22,7 @@ from ..models.examples import host_inputs, steps
 from ..models.parts import Network
 from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from ..runtime.manifest import PartSpec
+from ..runtime.masks import iou
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 
@@ -45,7 +46,7 @@ class Agreement:
 
 def compare(reference: Arrays, found: Arrays) -> Agreement:
     """The worst over all outputs."""
-    sigma, cosine, iou = 0.0, 1.0, None
+    sigma, cosine, overlap = 0.0, 1.0, None
     for name, value in reference.items():
         a, b = value.astype(np.float64), found[name].astype(np.float64)
         scale = max(float(a.std()), 1e-12)
@@ -53,10 +54,8 @@ def compare(reference: Arrays, found: Arrays) -> Agreement:
         norms = float(np.linalg.norm(a) * np.linalg.norm(b))
         cosine = min(cosine, float((a * b).sum()) / norms if norms else 1.0)
         if name == "logits":
-            union = np.count_nonzero((a > 0) | (b > 0))
-            both = np.count_nonzero((a > 0) & (b > 0))
-            iou = float(both / union) if union else 1.0
-    return Agreement(sigma, cosine, iou)
+            overlap = iou(a > 0, b > 0)
+    return Agreement(sigma, cosine, overlap)
 
 
 def measure(

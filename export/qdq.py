@@ -17,8 +17,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..runtime.plan import PartPlan, WeightScale
-from .canonical import MODULE, module_of
-from .graph import GraphIndex
+from .canonical import module_of, place
+from .graph import GraphIndex, copy_of, drop_unread, set_nodes
 
 
 def quantize_weight(weight: npt.NDArray[Any], spec: WeightScale) -> npt.NDArray[np.int8]:
@@ -44,8 +44,7 @@ def write_qdq(
     unsigned: encoding of activations; stored: for ONNX Runtime, so that ``plan.stored`` tensors get
     their pair, and nodes that compute in float have their weights in int8 on disk all the same.
     """
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
+    out = copy_of(model)
     graph = out.graph
     index = GraphIndex(out)
     tensors = {
@@ -85,13 +84,8 @@ def write_qdq(
             if value in renamed:
                 scale = names.scale(tensors[value])
                 nodes += _pair(value, scale, zero_name, module_of(node))
-    kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
-    used = {i for n in kept for i in n.input}
-    unused = [t for t in graph.initializer if t.name not in used]
-    for tensor in unused:
-        graph.initializer.remove(tensor)
+    set_nodes(graph, nodes)
+    drop_unread(graph)
     return out
 
 
@@ -123,7 +117,7 @@ def _weights(
             name=f"{name}/DequantizeLinear",
             axis=spec.axis,
         )
-        node.metadata_props.append(_module(module_of(reader)))
+        place(node, module_of(reader))
         nodes.append(node)
         renamed[name] = f"{name}/dequantized"
     return nodes
@@ -145,7 +139,7 @@ def _pair(name: str, scale: str, zero: str, module: str) -> list[onnx.NodeProto]
         name=f"{name}/DequantizeLinear",
     )
     for node in (quantize, dequantize):
-        node.metadata_props.append(_module(module))
+        place(node, module)
     return [quantize, dequantize]
 
 
@@ -175,12 +169,8 @@ def _product(
         helper.make_node("Mul", [f"{out}/steps", both], [out], node.name),
     ]
     for made in steps:
-        made.metadata_props.append(_module(module_of(node)))
+        place(made, module_of(node))
     return steps
-
-
-def _module(name: str) -> onnx.StringStringEntryProto:
-    return onnx.StringStringEntryProto(key=MODULE, value=name)
 
 
 class _Constants:

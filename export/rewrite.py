@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from .graph import GraphIndex, attribute
+from .graph import GraphIndex, attribute, drop_unread
 
 Rule = Callable[[GraphIndex, onnx.NodeProto], bool]
 
@@ -20,9 +20,7 @@ def rewrite(model: onnx.ModelProto, rules: Sequence[Rule]) -> onnx.ModelProto:
     while any(_apply(rule, model) for rule in rules):
         pass
     graph = model.graph
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [t for t in graph.initializer if t.name not in used]:
-        graph.initializer.remove(tensor)
+    drop_unread(graph)
     made = {name for node in graph.node for name in node.output}
     for value in [v for v in graph.value_info if v.name not in made]:
         graph.value_info.remove(value)
@@ -41,11 +39,14 @@ def own_weights(index: GraphIndex, node: onnx.NodeProto) -> bool:
 
 def pointwise(index: GraphIndex, node: onnx.NodeProto) -> bool:
     """A dense 1x1 convolution of stride 1 without padding whose weights nobody else reads."""
-    if node.op_type != "Conv" or not own_weights(index, node):
-        return False
-    dims = list(index.tensors[node.input[1]].dims)
-    plain = attribute(node, "pads", [0, 0, 0, 0]) == [0, 0, 0, 0]
-    single = attribute(node, "strides", [1, 1]) == [1, 1] and attribute(node, "group", 1) == 1
+    return node.op_type == "Conv" and own_weights(index, node) and dense(index, node)
+
+
+def dense(index: GraphIndex, conv: onnx.NodeProto) -> bool:
+    """Whether a convolution is dense, 1x1, of constant weights, stride 1 and no padding."""
+    dims = list(index.tensors[conv.input[1]].dims) if conv.input[1] in index.tensors else []
+    plain = attribute(conv, "pads", [0, 0, 0, 0]) == [0, 0, 0, 0]
+    single = attribute(conv, "strides", [1, 1]) == [1, 1] and attribute(conv, "group", 1) == 1
     return dims[2:] == [1, 1] and plain and single
 
 

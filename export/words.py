@@ -17,14 +17,14 @@ algebra, the numerics, and where it does not pay.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 
 from .graph import GraphIndex, attribute
-from .rewrite import add, declare, node_of, only, replace, rewrite
+from .rewrite import add, declare, dense, node_of, only, replace, rewrite
 
 # nodes whose names hold this stay in float32 in every plan: sums over all pixels, and the centring
 STATISTICS = "/statistics/"
@@ -85,10 +85,6 @@ class Fold:
     why: str
     moved: tuple[str, ...] = ()
     kind: str = "instance-norm"
-
-    def record(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
 
 
 @dataclass
@@ -151,7 +147,7 @@ def recognise(index: GraphIndex, norm: onnx.NodeProto) -> _Found | None:
             return None
         if maker.op_type == "MatMul":
             break
-        if maker.op_type == "Conv" and projection is None and _dense(index, maker):
+        if maker.op_type == "Conv" and projection is None and dense(index, maker):
             projection = maker
         elif maker.op_type == "Reshape":
             between.append(maker)
@@ -167,7 +163,7 @@ def recognise(index: GraphIndex, norm: onnx.NodeProto) -> _Found | None:
     channels, pixels = _rows(index.shape(norm.input[0]))
     if pixels != weights[2] or (projection is None and channels != values[1]):
         return None
-    gates = [r for r in index.readers[norm.output[0]] if r.op_type == "Conv" and _dense(index, r)]
+    gates = [r for r in index.readers[norm.output[0]] if r.op_type == "Conv" and dense(index, r)]
     widths = tuple(index.tensors[g.input[1]].dims[0] for g in gates)
     block = Block(pixels, channels, weights[1], values[1] if projection is not None else 0, widths)
     return _Found(block, maker, norm, projection, between, gates)
@@ -179,18 +175,6 @@ def _plain(index: GraphIndex, norm: onnx.NodeProto) -> bool:
         return False
     scale, shift = (index.constant(name) for name in norm.input[1:])
     return bool((scale == 1).all() and (shift == 0).all())
-
-
-def _dense(index: GraphIndex, conv: onnx.NodeProto) -> bool:
-    """A dense 1x1 convolution with constant weights, stride 1, no padding."""
-    dims = list(index.tensors[conv.input[1]].dims) if conv.input[1] in index.tensors else []
-    pads = attribute(conv, "pads", [0, 0, 0, 0]) == [0, 0, 0, 0]
-    return (
-        dims[2:] == [1, 1]
-        and pads
-        and attribute(conv, "strides", [1, 1]) == [1, 1]
-        and attribute(conv, "group", 1) == 1
-    )
 
 
 def _rows(shape: tuple[int, ...] | None) -> tuple[int, int]:

@@ -56,36 +56,43 @@ class ClipVision:
             raise ValueError(f"a stem {self.stem!r} of patches of {self.patch} is not known")
 
 
+def text_settings(config: ClipText) -> dict[str, int]:
+    """A text tower's size under transformers' names."""
+    return {
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.positions,
+        "bos_token_id": config.vocabulary - 2,
+        "eos_token_id": config.vocabulary - 1,
+    }
+
+
+def vision_settings(config: ClipVision, size: int) -> dict[str, int]:
+    """The same of a visual transformer for pictures of one size."""
+    return {
+        "image_size": size,
+        "patch_size": config.patch,
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+    }
+
+
 def text_tower(config: ClipText) -> CLIPTextModel:
     """A randomly initialised text tower."""
     return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.width,
-            intermediate_size=4 * config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            max_position_embeddings=config.positions,
-            pad_token_id=0,
-            bos_token_id=config.vocabulary - 2,
-            eos_token_id=config.vocabulary - 1,
-            attn_implementation="eager",
-        )
+        CLIPTextConfig(**text_settings(config), pad_token_id=0, attn_implementation="eager")
     )
 
 
 def vision_tower(config: ClipVision, size: int) -> CLIPVisionModel:
     """A randomly initialised visual transformer for pictures of one size."""
     tower = CLIPVisionModel(
-        CLIPVisionConfig(
-            image_size=size,
-            patch_size=config.patch,
-            hidden_size=config.width,
-            intermediate_size=4 * config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            attn_implementation="eager",
-        )
+        CLIPVisionConfig(**vision_settings(config, size), attn_implementation="eager")
     )
     if config.stem == "conv":
         tower.embeddings.patch_embedding = conv_stem(config)

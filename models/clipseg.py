@@ -6,6 +6,7 @@ asks for: the last layers of the visual transformer and its projection. ``from_f
 folder that transformers has written; nothing is downloaded.
 
 Late fusion: the activations are narrowed once per picture, FiLM's factors made once per expression.
+Pictures are squashed, as the published processor does; the masks are not calibrated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPSegConfig as TransformersConfig
 from transformers import CLIPSegForImageSegmentation
 
@@ -32,9 +33,11 @@ from .clip import (
     encode_words,
     last_word,
     resize_positions,
+    text_settings,
+    vision_settings,
 )
-from .mscan import normalise_pixels
-from .parts import BATCH, IMAGES, Framing, Method, Network, Part, Port, Rehearsal
+from .parts import BATCH, IMAGES, Method, Network, Part, Port
+from .pictures import MEAN, STD, normalise_pixels
 
 Tensors = tuple[Tensor, ...]
 POSITIONS = "clip.vision_model.embeddings.position_embedding.weight"
@@ -65,8 +68,8 @@ class CLIPSegConfig:
     refined: bool = True
     text: ClipText = field(default_factory=ClipText)
     vision: ClipVision = field(default_factory=ClipVision)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def __post_init__(self) -> None:
         if self.size % self.vision.patch or not 1 <= self.words <= self.text.positions:
@@ -113,6 +116,7 @@ class CLIPSeg(Network):
         self.clip, self.decoder = whole.clip, whole.decoder
         vision = self.clip.vision_model
         vision.encoder.layers = vision.encoder.layers[: max(config.layers) + 1]
+        self.last = "decoder.transposed_convolution" + (".4" if config.refined else "")
         del self.clip.visual_projection, self.clip.logit_scale, vision.post_layernorm
         self.register_buffer("mean", torch.tensor(config.mean), persistent=False)
         self.register_buffer("std", torch.tensor(config.std), persistent=False)
@@ -123,16 +127,6 @@ class CLIPSeg(Network):
     high = ("decoder.film_mul", "decoder.film_add")
     tokens = "clip"
     config: CLIPSegConfig
-
-    @property
-    def framing(self) -> Framing:
-        """Squashed, as the published processor does; the masks are not calibrated."""
-        return Framing()
-
-    @property
-    def map_widths(self) -> tuple[int, ...]:
-        """Channels of ``Rehearsal.maps``: there are none."""
-        return ()
 
     def encode_text(self, ids: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """ids [B, T] int32 and words [B, T] bool to FiLM's factor and shift, both [B, 1, W]."""
@@ -172,30 +166,12 @@ class CLIPSeg(Network):
             image_index = torch.arange(len(ids), device=ids.device)
         return self.segment(image_index, *self.encode_text(ids, words), self.encode_image(pixels))
 
-    def rehearse(
-        self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor, masks: Tensor
-    ) -> Rehearsal:
-        """The forward; there is nothing more to look at."""
-        return Rehearsal(self(pixels, ids, words, image_index))
-
-    @torch.no_grad()
-    def rescale(self, shift: float, scale: float) -> None:
-        """Logits become ``scale * (logits - shift)``."""
-        enlarge = self.decoder.transposed_convolution
-        last: Any = enlarge[-1] if isinstance(enlarge, nn.Sequential) else enlarge
-        last.bias.sub_(shift).mul_(scale)
-        last.weight.mul_(scale)
-
     def parts(self) -> tuple[Part, ...]:
         """The three graphs: ``text`` per expression, ``image`` per picture, ``mask``."""
         c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
+        ids, words, pixels, index, logits = self.host_ports()
         film = tuple(Port(n, "float32", (BATCH, 1, c.width)) for n in ("factor", "shift"))
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
         seen = Port("seen", "float32", (IMAGES, len(c.layers), 1 + c.grid**2, c.width))
-        index = Port("image_index", "int32", (BATCH,))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
         return (
             Part("text", Method(self, self.encode_text), (ids, words), film),
             Part("image", Method(self, self.encode_image), (pixels,), (seen,)),
@@ -270,26 +246,9 @@ def _own_config(
 
 
 def _transformers_config(config: CLIPSegConfig) -> TransformersConfig:
-    text, vision = config.text, config.vision
     return TransformersConfig(
-        text_config={
-            "vocab_size": text.vocabulary,
-            "hidden_size": text.width,
-            "intermediate_size": 4 * text.width,
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "max_position_embeddings": text.positions,
-            "bos_token_id": text.vocabulary - 2,
-            "eos_token_id": text.vocabulary - 1,
-        },
-        vision_config={
-            "image_size": config.size,
-            "patch_size": vision.patch,
-            "hidden_size": vision.width,
-            "intermediate_size": 4 * vision.width,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-        },
+        text_config=text_settings(config.text),
+        vision_config=vision_settings(config.vision, config.size),
         projection_dim=config.embed,
         extract_layers=list(config.layers),
         reduce_dim=config.width,

@@ -33,8 +33,8 @@ from .clip import (
 from .clip_resnet import ClipResNet, ModifiedResNet
 from .cris import Decoder, Neck, Projector, PyramidNeck
 from .distil import MaskedBranches
-from .mscan import normalise_pixels
 from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .pictures import normalise_pixels, pick_all
 
 Tensors = tuple[Tensor, ...]
 PRODUCTS = 5  # tensors that the text part gives
@@ -198,11 +198,6 @@ class CMMaskSD(Network):
     config: CMMaskSDConfig
 
     @property
-    def framing(self) -> Framing:
-        """Preprocessing and threshold."""
-        return self.config.framing
-
-    @property
     def map_widths(self) -> tuple[int, ...]:
         """Channels of ``Rehearsal.maps``."""
         return tuple(width for width, _ in self.config.levels)
@@ -232,7 +227,7 @@ class CMMaskSD(Network):
 
     def segment(self, image_index: Tensor, words: Tensor, *rest: Tensor) -> Tensor:
         """The ``mask`` part: what the others gave, text first, to logits [B, S, S]."""
-        seen = _rows(rest[PRODUCTS:], image_index)
+        seen = pick_all(rest[PRODUCTS:], image_index)
         return self.enlarge(self.decode(seen, words, rest[:PRODUCTS])[0])
 
     def decode(self, seen: Tensors, words: Tensor, products: Tensors) -> tuple[Tensor, Tensors]:
@@ -251,7 +246,7 @@ class CMMaskSD(Network):
         self, pixels: Tensor, ids: Tensor, words: Tensor, image_index: Tensor | None = None
     ) -> Tensor:
         """pixels [B or P, S, S, 3] uint8 to logits [B, S, S]; see ``parts.Network``."""
-        seen = _rows(self.encode_image(pixels), image_index)
+        seen = pick_all(self.encode_image(pixels), image_index)
         return self.enlarge(self.decode(seen, words, self.encode_text(ids, words))[0])
 
     def rehearse(
@@ -261,14 +256,14 @@ class CMMaskSD(Network):
         embedded = embed_words(self.clip.text_model, ids)
         features = self.read(embedded, words)
         maps = self.look(pixels)
-        seen = _rows(self.neck.look(maps), image_index)
+        seen = pick_all(self.neck.look(maps), image_index)
         logits, attention = self.decode(seen, words, self.speak(features, words))
         extra = None
         if self.branches is not None:
             chosen = torch.arange(0, len(ids), round(1 / self.config.distil_share)).to(ids.device)
             losses = self.branches(
                 self,
-                _rows(maps, image_index[chosen]),
+                pick_all(maps, image_index[chosen]),
                 embedded[chosen],
                 features[chosen],
                 words[chosen],
@@ -298,8 +293,7 @@ class CMMaskSD(Network):
         c = self.config
         depth, last = c.width // c.heads, c.width // 2
         gate = c.width if c.resnet is None else 2 * c.width
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
+        ids, words, pixels, index, logits = self.host_ports()
         products = (
             Port("gate", "float32", (BATCH, gate)),
             Port("keys", "float32", (BATCH, c.layers, c.heads, depth, c.words)),
@@ -307,21 +301,13 @@ class CMMaskSD(Network):
             Port("kernel", "float32", (BATCH, 9, last)),
             Port("offset", "float32", (BATCH, 9, 1)),
         )
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
-        index = Port("image_index", "int32", (BATCH,))
         seen = tuple(
             Port(f"seen_{i}", "float32", (IMAGES, width, side, side))
             for i, (width, side) in enumerate(c.seen, start=1)
         )
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
         mask = (index, words, *products, *seen)
         return (
             Part("text", Method(self, self.encode_text), (ids, words), products),
             Part("image", Method(self, self.encode_image), (pixels,), seen),
             Part("mask", Method(self, self.segment), mask, (logits,)),
         )
-
-
-def _rows(maps: Tensors, index: Tensor | None) -> Tensors:
-    """Each expression's picture's row."""
-    return maps if index is None else tuple(m.index_select(0, index) for m in maps)

@@ -82,11 +82,6 @@ class Darknet(nn.Module):
         return (m for m in self.modules() if isinstance(m, ConvNorm))
 
 
-def unit_pixels(pixels: Tensor) -> Tensor:
-    """[B, H, W, 3] uint8 to [B, 3, H, W] float32 of 0 to 1; cast first, as TensorRT wants it."""
-    return pixels.to(torch.float32).permute(0, 3, 1, 2) * (1 / 255)
-
-
 @torch.no_grad()
 def load_weights(network: Darknet, values: npt.NDArray[np.float32]) -> int:
     """Fill a network from a Darknet file's numbers, its header taken off.

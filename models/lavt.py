@@ -19,14 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mscan import normalise_pixels
 from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal
+from .pictures import MEAN, STD, normalise_pixels, pick
 from .pwam import PWAM
 from .swin import Swin, SwinConfig
 from .text import TextConfig, bert, encode
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 TextProducts = tuple[Tensor, ...]
 
@@ -127,6 +124,7 @@ class LAVT(Network):
 
     mean: Tensor
     std: Tensor
+    last = "classifier.conv1_1"
     high: ClassVar[tuple[str, ...]] = ("classifier.conv1_1",)
     tokens: ClassVar[str] = "wordpiece"
     config: LAVTConfig
@@ -165,7 +163,7 @@ class LAVT(Network):
         """
         swin = self.backbone
         x = swin.stage(0, swin.embed(normalise_pixels(pixels, self.mean, self.std)))
-        x = x if image_index is None else x.index_select(0, image_index)
+        x = pick(x, image_index)
         maps, attention, stream = [], [], []
         for i in range(4):
             keys, values = products[2 * i : 2 * i + 2]
@@ -216,14 +214,6 @@ class LAVT(Network):
         seen = tuple(x.transpose(1, 2).reshape(m.shape) for x, m in zip(stream, maps, strict=True))
         return Rehearsal(self.decode(maps), seen, tuple(attention))
 
-    @torch.no_grad()
-    def rescale(self, shift: float, scale: float) -> None:
-        """Of the two classes' scores, the foreground's is shifted, both are scaled."""
-        weight, bias = self.classifier.conv1_1.parameters()
-        bias[1] -= shift
-        weight.mul_(scale)
-        bias.mul_(scale)
-
     def cross_attention(self) -> tuple[AttentionShape, ...]:
         """One head as wide as the map, behind every stage."""
         c = self.config
@@ -235,8 +225,7 @@ class LAVT(Network):
     def parts(self) -> tuple[Part, ...]:
         """The two graphs: ``text`` once per expression, ``mask`` for every picture."""
         c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
+        ids, words, pixels, _, logits = self.host_ports(BATCH)
         products = tuple(
             port
             for i, width in enumerate(c.swin.widths, start=1)
@@ -245,8 +234,6 @@ class LAVT(Network):
                 Port(f"values_{i}", "float32", (BATCH, width, c.words)),
             )
         )
-        pixels = Port("pixels", "uint8", (BATCH, c.size, c.size, 3))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
         return (
             Part("text", Method(self, self.encode_text), (ids, words), products),
             Part("mask", Method(self, self._mask), (pixels, words, *products), (logits,)),

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .aspp import MaskHead
-from .darknet import BLOCKS, WIDTHS, Darknet, unit_pixels
+from .darknet import BLOCKS, WIDTHS, Darknet
 from .locators import CrossAttention, Filtering
 from .lts_neck import Neck, Tensors, VectorNorm
 from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .pictures import unit_pixels
 from .recurrent import BiRecurrent, WordVectors, masked_mean
 
 LOCATORS = ("filtering", "transformer")
@@ -45,6 +46,7 @@ class LTSConfig:
     pyramid, rates: channels of ASPP's branches and their rates.
     doublings:     channels after each transposed convolution.
     location:      weight of the locator's loss.
+    framing:       the paper's family puts a grey border around and asks for 35 %.
     """
 
     size: int = 416
@@ -158,12 +160,8 @@ class LTS(Network):
         "head.logit",
     )
     tokens: ClassVar[str] = "word-level"
+    last = "head.logit"
     config: LTSConfig
-
-    @property
-    def framing(self) -> Framing:
-        """The paper's family puts a grey border around and asks for 35 %."""
-        return self.config.framing
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -215,13 +213,6 @@ class LTS(Network):
             {"location": self.config.location * location},
         )
 
-    @torch.no_grad()
-    def rescale(self, shift: float, scale: float) -> None:
-        last = self.head.logit
-        last.weight.mul_(scale)
-        if last.bias is not None:
-            last.bias.sub_(shift).mul_(scale)
-
     def cross_attention(self) -> tuple[AttentionShape, ...]:
         """The sentence's kernel at every pixel, or the locator's layers."""
         c = self.config
@@ -234,11 +225,7 @@ class LTS(Network):
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for every pair."""
         c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
-        index = Port("image_index", "int32", (BATCH,))
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
+        ids, words, pixels, index, logits = self.host_ports()
         text = tuple(
             Port(name, "float32", (BATCH, *shape))
             for name, shape in {"gate": (c.top, 1, 1), **self.locator.shapes(c.words)}.items()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .darknet import SLOPE, ConvNorm
+from .pictures import pick
 
 Tensors = tuple[Tensor, ...]
 
@@ -84,11 +85,6 @@ class Neck(nn.Module):
         coarse = self.from_middle(middle) + enlarge(self.from_top(top), 2)
         fused = F.leaky_relu(self.from_low(low) + enlarge(coarse, self.doubling), SLOPE)
         return F.leaky_relu(self.out(fused) + self.place(self.code), SLOPE)
-
-
-def pick(x: Tensor, image_index: Tensor | None) -> Tensor:
-    """Rows of pictures to rows of expressions; as they are where there is one for each."""
-    return x if image_index is None else x.index_select(0, image_index)
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:

@@ -15,15 +15,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .darknet import Darknet, unit_pixels
+from .darknet import Darknet
 from .gated_neck import GatedNeck
 from .m3att_config import CONFIGS, PAPER, PAPER_DARKNET, TINY, GruConfig, M3AttConfig
 from .m3att_heads import MaskHead, Reconstruction
-from .mscan import normalise_pixels
-from .mutual_attention import MutualDecoder, pick
-from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .mutual_attention import MutualDecoder
+from .parts import BATCH, IMAGES, AttentionShape, Method, Network, Part, Port, Rehearsal
+from .pictures import MEAN, STD, normalise_pixels, pick_all, unit_pixels
 from .recurrent import BiRecurrent, WordVectors
-from .slvit import MEAN, STD
 from .swin import Swin
 from .text import bert, encode
 from .transformer import EncoderLayer, sine_grid
@@ -94,11 +93,7 @@ class M3Att(Network):
     std: Tensor
     high: ClassVar[tuple[str, ...]] = ("head.logit",)
     tokens: ClassVar[str] = "wordpiece"
-
-    @property
-    def framing(self) -> Framing:
-        """Swin's variant squashes, Darknet's puts a grey border around; both ask for 35 %."""
-        return self.config.framing
+    last = "head.logit"
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -148,10 +143,10 @@ class M3Att(Network):
         language, state, *gate = text
         maps: Tensors = ()
         if self.config.early_fusion:
-            gathered = tuple(pick(x, image_index) for x in image)
+            gathered = pick_all(image, image_index)
             (image, maps), image_index = self._fuse(gathered, tuple(gate)), None
         vision = image[: 2 * self.config.layers]
-        beside = tuple(pick(x, image_index) for x in image[len(vision) :])
+        beside = pick_all(image[len(vision) :], image_index)
         product, attention = self.decoder(language, state, words, vision, image_index)
         return _Decoded(self.head(product, beside), product, tuple(attention), maps)
 
@@ -170,13 +165,6 @@ class M3Att(Network):
         again = self.config.reconstruction * self.reconstruction(out.product, text[0], words)
         return Rehearsal(out.logits, maps or out.maps, out.attention, {"language": again})
 
-    @torch.no_grad()
-    def rescale(self, shift: float, scale: float) -> None:
-        last = self.head.logit
-        last.weight.mul_(scale)
-        if last.bias is not None:
-            last.bias.sub_(shift).mul_(scale)
-
     def cross_attention(self) -> tuple[AttentionShape, ...]:
         """Mutual attention: one score matrix, softmax over either side."""
         c = self.config
@@ -185,12 +173,7 @@ class M3Att(Network):
 
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for every pair."""
-        c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
-        index = Port("image_index", "int32", (BATCH,))
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
+        ids, words, pixels, index, logits = self.host_ports()
         text, image = self._text_ports(), self._image_ports()
         inputs = (index, words, *text, *image)
         return (

@@ -50,6 +50,7 @@ class M3AttConfig:
     head_width, doublings: channels of the mask decoder; how often it doubles the grid.
     skip:           the mask decoder also sees the neck's map.
     reconstruction: weight of the language reconstruction's loss.
+    framing:        Swin's variant squashes, Darknet's puts a grey border around; both ask for 35 %.
     """
 
     size: int = 480

@@ -6,7 +6,6 @@ the public checkpoints. All maps are [B, C, H, W].
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -116,13 +115,3 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def normalise_pixels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """[B, H, W, 3] uint8 to [B, 3, H, W] float32.
-
-    Cast first, then transpose: TensorRT takes uint8 at a network's input only, and only a cast may
-    read it. ``mean`` and ``std`` are in units of 0 to 1.
-    """
-    x = pixels.to(torch.float32).permute(0, 3, 1, 2)
-    return x * (1 / (255 * std)).view(1, 3, 1, 1) - (mean / std).view(1, 3, 1, 1)

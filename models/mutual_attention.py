@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .pictures import pick
 from .text import MASKED
 from .transformer import FeedForward, SelfAttention, join_heads, sine_row, split_heads
 
@@ -138,8 +139,3 @@ class MutualDecoder(nn.Module):
                 state, language = self.between[i](product, state, language)
                 state = self.attend[i + 1](state, words)
         return product, attention
-
-
-def pick(x: Tensor, image_index: Tensor | None) -> Tensor:
-    """Rows of pictures to rows of expressions; as they are where there is one for each."""
-    return x if image_index is None else x.index_select(0, image_index)

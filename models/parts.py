@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 BATCH = "batch"  # expressions
@@ -114,19 +115,23 @@ class Network(nn.Module):
             and ``vocabulary`` (number of token ids).
     high:   prefixes of the names of modules that stay in float32 in every plan.
     tokens: kind of tokenizer: ``wordpiece``, ``clip`` or ``word-level``.
+    last:   name of the last layer, for ``rescale``.
 
     To be exported and run it needs ``config``, ``encode_text``, ``forward`` and ``parts``; to be
-    trained, ``rehearse`` and ``map_widths``; to be seeded without a checkpoint, ``rescale``.
+    trained, ``rehearse`` and ``map_widths``; to be seeded without a checkpoint, ``last`` or a
+    ``rescale`` of its own.
     """
 
     config: Any
     high: ClassVar[tuple[str, ...]] = ()
     tokens: ClassVar[str] = "word-level"
+    last: str = ""
 
     @property
     def framing(self) -> Framing:
-        """Preprocessing and threshold."""
-        return Framing()
+        """Preprocessing and threshold: the configuration's, where it has one."""
+        found: Framing = getattr(self.config, "framing", Framing())
+        return found
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -152,13 +157,36 @@ class Network(nn.Module):
         """The same with what training looks at; masks [B, S, S] bool are the truth."""
         return Rehearsal(self(pixels, ids, words, image_index))
 
+    @torch.no_grad()
     def rescale(self, shift: float, scale: float) -> None:
-        """Change the last layer so that logits become ``scale * (logits - shift)``."""
-        raise NotImplementedError
+        """Change the last layer so that logits become ``scale * (logits - shift)``.
+
+        Here the one that ``last`` names, of one output or of two, foreground less background.
+        """
+        if not self.last:
+            raise NotImplementedError
+        weight, bias = self.get_submodule(self.last).parameters()
+        bias[-1] -= shift
+        weight.mul_(scale)
+        bias.mul_(scale)
 
     def cross_attention(self) -> tuple[AttentionShape, ...]:
         """The shapes in which pixels and words meet."""
         return ()
+
+    def host_ports(self, pictures: str = IMAGES) -> tuple[Port, Port, Port, Port, Port]:
+        """``ids``, ``words``, ``pixels`` and ``image_index``, which the host gives, and ``logits``.
+
+        pictures: symbol of the pixels' axis 0, ``BATCH`` in a model without an image part.
+        """
+        size, words = self.config.size, self.config.words
+        return (
+            Port("ids", "int32", (BATCH, words)),
+            Port("words", "bool", (BATCH, words)),
+            Port("pixels", "uint8", (pictures, size, size, 3)),
+            Port("image_index", "int32", (BATCH,)),
+            Port("logits", "float32", (BATCH, size, size)),
+        )
 
     def parts(self) -> tuple[Part, ...]:
         """``text``, perhaps ``image``, ``mask``."""

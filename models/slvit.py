@@ -21,21 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .hamburger import LightHamHead
-from .mscan import (
-    ChannelNorm,
-    Mlp,
-    PatchEmbed,
-    Stem,
-    StripConvs,
-    normalise_pixels,
-)
+from .mscan import ChannelNorm, Mlp, PatchEmbed, Stem, StripConvs
 from .parts import BATCH, AttentionShape, Method, Network, Part, Port, Rehearsal
+from .pictures import MEAN, STD, normalise_pixels
 from .text import TextConfig, bert, encode
 from .urce import CrossScaleEnhancement
 from .word_attention import GatedCross
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 SCORES = ("paper", "official", "all")
 
 TextProducts = tuple[Tensor, ...]
@@ -268,6 +260,7 @@ class SLViT(Network):
 
     mean: Tensor
     std: Tensor
+    last = "classifier.conv1"
     # float32 in every precision plan: the ratios of the factorisation, and the last layer
     high = ("classifier.hamburger.ham", "classifier.conv1")
     tokens = "wordpiece"
@@ -334,14 +327,6 @@ class SLViT(Network):
         return self.config.widths[1:]
 
     @torch.no_grad()
-    def rescale(self, shift: float, scale: float) -> None:
-        """Of the two classes' scores, the foreground's is shifted, both are scaled."""
-        weight, bias = self.classifier.conv1.parameters()
-        bias[1] -= shift
-        weight.mul_(scale)
-        bias.mul_(scale)
-
-    @torch.no_grad()
     def selection_margin(self, inputs: Mapping[str, npt.NDArray[Any]]) -> float:
         """How far the choice of regions is from a tie, over a batch of host inputs.
 
@@ -368,8 +353,7 @@ class SLViT(Network):
     def parts(self) -> tuple[Part, ...]:
         """The two graphs: ``text`` once per expression, ``mask`` for every picture."""
         c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
+        ids, words, pixels, _, logits = self.host_ports(BATCH)
         products = tuple(
             port
             for i, (depth, width) in enumerate(zip(c.depths, c.widths, strict=True), start=1)
@@ -378,8 +362,6 @@ class SLViT(Network):
                 Port(f"values_{i}", "float32", (BATCH, depth, width, c.words)),
             )
         )
-        pixels = Port("pixels", "uint8", (BATCH, c.size, c.size, 3))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
         return (
             Part("text", Method(self, self.encode_text), (ids, words), products),
             Part("mask", Method(self, self._mask), (pixels, words, *products), (logits,)),

@@ -24,13 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .deeplab import DeepLab, DeepLabConfig
-from .mscan import normalise_pixels
 from .parts import BATCH, IMAGES, AttentionShape, Framing, Method, Network, Part, Port, Rehearsal
+from .pictures import MEAN, STD, normalise_pixels, pick_all
 from .recurrent import BiRecurrent, WordVectors
 from .step_layers import Atrous, ConvGRU, Focus, HeatMap, Point, Unit, WordAttention, resize, rows
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 LEVELS = 5
 FINE = 2  # levels of stride 4; the others have stride 8
 EARLY = 0.3  # weight in training of the masks before the last
@@ -166,11 +164,6 @@ class STEP(Network):
     config: STEPConfig
 
     @property
-    def framing(self) -> Framing:
-        """The configuration's."""
-        return self.config.framing
-
-    @property
     def map_widths(self) -> tuple[int, ...]:
         """Channels of the atrous maps of F1 to F5."""
         return self.config.contexts
@@ -235,10 +228,7 @@ class STEP(Network):
 
     def decode(self, words: Tensor, image_index: Tensor | None, *products: Tensor) -> Tensor:
         """words [B, T], keys, values, and products of pictures to logits [B, S, S]."""
-        image = products[2:]
-        if image_index is not None:
-            image = tuple(x.index_select(0, image_index) for x in image)
-        logits, _ = self.steps(words, products[:2], image)
+        logits, _ = self.steps(words, products[:2], pick_all(products[2:], image_index))
         return self.output(logits[-1])
 
     def forward(
@@ -253,7 +243,7 @@ class STEP(Network):
     ) -> Rehearsal:
         """The same, with a loss on the masks of the steps before the last."""
         maps = self.atrous_maps(pixels)
-        image = tuple(x.index_select(0, image_index) for x in self.project(maps))
+        image = pick_all(self.project(maps), image_index)
         logits, attention = self.steps(words, self.encode_text(ids, words), image)
         truth = F.avg_pool2d(masks[:, None].float(), self.config.stride)
         early = torch.cat(logits[:-1], 1)
@@ -284,18 +274,14 @@ class STEP(Network):
     def parts(self) -> tuple[Part, ...]:
         """``text`` once per expression, ``image`` once per picture, ``mask`` for the loop."""
         c = self.config
-        ids = Port("ids", "int32", (BATCH, c.words))
-        words = Port("words", "bool", (BATCH, c.words))
+        ids, words, pixels, index, logits = self.host_ports()
         keys = Port("keys", "float32", (BATCH, c.key, c.words))
         values = Port("values", "float32", (BATCH, c.words, c.joint))
-        pixels = Port("pixels", "uint8", (IMAGES, c.size, c.size, 3))
         products = tuple(
             Port(f"{name}_{level}", "float32", (IMAGES, side * side, width))
             for level, side in enumerate(c.grids, start=1)
             for name, width in (("queries", c.key), ("phi", c.joint))
         )
-        index = Port("image_index", "int32", (BATCH,))
-        logits = Port("logits", "float32", (BATCH, c.size, c.size))
         given = (words, index, keys, values, *products)
         return (
             Part("text", Method(self, self.encode_text), (ids, words), (keys, values)),

@@ -6,22 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .lts_neck import coordinates
 from .text import MASKED
 
 EPS = 1e-12
-
-
-def coordinates(side: int) -> Tensor:
-    """[1, 8, side, side]: each cell's left, top, right, bottom, centre x and y in -1 to 1, 1/side.
-
-    The code of Liu et al., "Recurrent multimodal interaction", ICCV 2017.
-    """
-    edges = torch.arange(side + 1) * (2.0 / side) - 1.0
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    left, top, right, bottom = edges[x], edges[y], edges[x + 1], edges[y + 1]
-    part = torch.full((side, side), 1.0 / side)
-    centre = (left + right) / 2, (top + bottom) / 2
-    return torch.stack((left, top, right, bottom, *centre, part, part))[None]
 
 
 class Atrous(nn.Module):
@@ -37,7 +25,7 @@ class Atrous(nn.Module):
         self.conv = nn.Conv2d(channels, out, 3, padding=3, dilation=3, bias=False)
         self.bn = nn.BatchNorm2d(out)
         self.place = nn.Conv2d(8, out, 3, padding=3, dilation=3, bias=False)
-        self.register_buffer("code", coordinates(side), persistent=False)
+        self.register_buffer("code", coordinates(side, 8), persistent=False)
 
     code: Tensor
 

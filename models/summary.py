@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,10 +32,6 @@ class Summary:
     macs: dict[str, int]
     cross_attention: tuple[AttentionShape, ...]
     checkpoints: tuple[str, ...]
-
-    def record(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
 
 
 def summaries() -> list[Summary]:

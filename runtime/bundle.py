@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from ..errors import BundleError
 from .manifest import MANIFEST, DialectSpec, FileSpec, Manifest, decode_manifest
 
-SUFFIX = ".refedge"
 _CHUNK = 1 << 20
 
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
-
-Arrays = Mapping[str, npt.NDArray[np.generic]]
+from .backends.protocol import Arrays
 
 
 class ArrayCache:

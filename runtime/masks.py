@@ -80,6 +80,12 @@ def to_mask(
     return mask, float(np.mean(1.0 / (1.0 + np.exp(-resized[mask].astype(np.float64)))))
 
 
+def iou(a: Bools, b: Bools) -> float:
+    """Intersection over union of two masks; 1 where both are empty."""
+    union = np.count_nonzero(a | b)
+    return float(np.count_nonzero(a & b) / union) if union else 1.0
+
+
 def resize_logits(
     logits: npt.NDArray[np.float32], size: tuple[int, int], frame: Frame | None = None
 ) -> npt.NDArray[np.float32]:

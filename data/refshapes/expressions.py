@@ -10,7 +10,7 @@ relation     by a second thing: "the ring left of the blue square"
 none         nothing fits, though most of its words do occur in the scene
 
 Geometry is measured on a small rendering, so that what counts is what is seen. An expression is
-only made where the answer is clear by a margin; ``checker.py`` proves it again from the text.
+only made where the answer is clear by a margin; a test proves it again from the text.
 """
 
 from __future__ import annotations

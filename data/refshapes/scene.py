@@ -95,11 +95,6 @@ def split_of(composition: Composition) -> str:
     return next((name for name, share in _SHARES.items() if bucket in share), "test")
 
 
-def composition_of(scene: Scene) -> Composition:
-    """The multiset of things by which a scene is assigned to a split."""
-    return tuple((t.shape, t.colour, t.pattern, t.size) for t in scene.things)
-
-
 def sample_scene(stream: Stream, difficulty: Difficulty, split: str) -> Scene | None:
     """Draw a scene of the split, or None when the things did not fit side by side."""
     composition = _sample_composition(stream, difficulty)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from refedge.benchmarks import folding
@@ -37,12 +36,6 @@ def test_a_bundle_against_itself(
     assert set(row["branch"]) == {"wall", "cpu"}
     # the same graphs are not timed as if they were two
     assert record["alone"] == {"slvit:tiny": {"norm": {}}}
-
-
-def test_masks_that_are_both_empty_agree() -> None:
-    empty, full = np.zeros((2, 2), bool), np.ones((2, 2), bool)
-    assert folding._iou(empty, empty) == folding._iou(full, full) == 1.0
-    assert folding._iou(empty, full) == 0.0
 
 
 def test_a_norm_outside_any_fusion_is_a_branch_of_its_own() -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refedge.data.refshapes.checker import UnreadableError, problems, referents
 from refedge.data.refshapes.dataset import DIGESTS, RefShapes, digest
 from refedge.data.refshapes.expressions import FAMILIES, Expression, words
 from refedge.data.refshapes.render import PALETTE, render
@@ -15,10 +14,13 @@ from refedge.data.refshapes.scene import (
     COLOURS,
     DIFFICULTIES,
     SPLITS,
-    composition_of,
+    Composition,
+    Scene,
     split_of,
 )
 from refedge.errors import DataError
+
+from .refshapes_checker import UnreadableError, problems, referents
 
 
 @pytest.mark.parametrize("difficulty", ["lite", "full"])
@@ -53,6 +55,10 @@ def test_the_checker_notices_a_wrong_target() -> None:
 def test_the_checker_refuses_what_it_cannot_read() -> None:
     with pytest.raises(UnreadableError):
         referents(RefShapes("val")[0], "some red thing or other")
+
+
+def composition_of(scene: Scene) -> Composition:
+    return tuple((t.shape, t.colour, t.pattern, t.size) for t in scene.things)
 
 
 def test_splits_share_no_composition() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import onnx
 import onnx.inliner
@@ -178,7 +180,7 @@ def test_heads_that_are_left_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     done = fuse(shared)
     assert [f.operator for f in done] == ["", "CrossAttention"]
     assert "serve something else" in done[0].why
-    assert done[0].record() == {"node": done[0].node, "operator": "", "why": done[0].why}
+    assert asdict(done[0]) == {"node": done[0].node, "operator": "", "why": done[0].why}
     assert done[0].node in {n.name for n in shared.graph.node}
     monkeypatch.setattr(test_heads, "C", 5)
     wide, _ = heads_part(folded=False)

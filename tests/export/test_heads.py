@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import onnx
 import pytest
@@ -225,7 +227,7 @@ def test_what_cannot_be_folded_is_left_and_says_why() -> None:
     done = folded(models)
     assert [f.folded for f in done] == [False, True]
     assert "serve something else" in done[0].why
-    assert done[0].record()["kind"] == "heads"
+    assert asdict(done[0])["kind"] == "heads"
     models = parts(masked=False)
     assert folded(models) == []
 

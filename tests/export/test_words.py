@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -233,7 +234,7 @@ def test_a_block_too_small_is_left_and_says_why() -> None:
     done = fold_words(models)
     assert [f.folded for f in done] == [False, False]
     assert models["mask"].SerializeToString(deterministic=True) == before
-    record = done[0].record()
+    record = asdict(done[0])
     assert record["block"] == {
         "pixels": N, "channels": C, "words": T, "projection": C, "gates": (C,)
     }  # fmt: skip

@@ -19,11 +19,12 @@ from refedge.models.checkpoint import (
     save_checkpoint,
     shipped,
 )
-from refedge.models.layouts import official_shapes
 from refedge.models.seeded import seed_weights
 from refedge.models.slvit import TINY, SLViT
 from refedge.models.tokenizers import word_level
 from safetensors.torch import save_file
+
+from .weight_writer import official_shapes
 
 
 @pytest.fixture

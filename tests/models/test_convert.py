@@ -16,7 +16,6 @@ from refedge.models.convert.weights import digest
 from refedge.models.darknet import Darknet
 from refedge.models.lavt import LAVT
 from refedge.models.lavt import TINY as LAVT_TINY
-from refedge.models.layouts import official_shapes
 from refedge.models.lts import LTS
 from refedge.models.lts import TINY as LTS_TINY
 from refedge.models.slvit import TINY, SLViT
@@ -32,7 +31,7 @@ from .test_convert_layouts import (
     tiny_clip,
     write_darknet,
 )
-from .weight_writer import clip_archive, random_like, training_checkpoint
+from .weight_writer import clip_archive, official_shapes, random_like, training_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
 

@@ -23,7 +23,6 @@ from refedge.models.convert.layouts import place, read_layout
 from refedge.models.darknet import Darknet
 from refedge.models.lavt import LAVT
 from refedge.models.lavt import TINY as LAVT_TINY
-from refedge.models.layouts import official_shapes
 from refedge.models.lts import LTS
 from refedge.models.lts import TINY as LTS_TINY
 from refedge.models.m3att import M3Att, M3AttConfig
@@ -37,7 +36,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertForMaskedLM, BertModel, CLIPConfig, CLIPModel
 
-from .weight_writer import State, TinyCLIP, clip_archive, random_like, training_checkpoint
+from .weight_writer import (
+    State,
+    TinyCLIP,
+    clip_archive,
+    official_shapes,
+    random_like,
+    training_checkpoint,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
 WORDS = ("red", "circle", "left")

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from refedge.errors import CheckpointError
-from refedge.models.darknet import ConvNorm, Darknet, load_weights, unit_pixels
+from refedge.models.darknet import ConvNorm, Darknet, load_weights
+from refedge.models.pictures import unit_pixels
 
 SMALL = ((4, 6, 8, 10, 12, 14), (1, 1, 2, 1, 1))
 

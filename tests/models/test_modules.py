@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from refedge.models.hamburger import NMF, GroupNorm
-from refedge.models.mscan import ChannelNorm, MapConv1d, MapLinear, TokenConv1d, normalise_pixels
-from refedge.models.slvit import MEAN, STD
+from refedge.models.mscan import ChannelNorm, MapConv1d, MapLinear, TokenConv1d
+from refedge.models.pictures import MEAN, STD, normalise_pixels
 from refedge.models.urce import CrossScaleEnhancement
 from refedge.models.word_attention import GatedCross
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from refedge.models.examples import host_inputs
-from refedge.models.layouts import from_official, is_dead, official_shapes
+from refedge.models.layouts import from_official, is_dead
 from refedge.models.parts import HOST
 from refedge.models.seeded import seed_weights
 from refedge.models.slvit import PAPER, TINY, SLViT
+
+from .weight_writer import official_shapes
 
 
 @pytest.fixture(scope="module")

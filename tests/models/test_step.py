@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from refedge.models.deeplab import DeepLabConfig
-from refedge.models.mscan import normalise_pixels
+from refedge.models.lts_neck import coordinates
+from refedge.models.pictures import normalise_pixels
 from refedge.models.step import LEVELS, PAPER, STEP, TINY, STEPConfig
-from refedge.models.step_layers import Atrous, ConvGRU, coordinates, resize
+from refedge.models.step_layers import Atrous, ConvGRU, resize
 from torch import Tensor, nn
 
 from .networks import taken_by
@@ -86,7 +87,7 @@ def naive_step(model: STEP, pixels: Tensor, ids: Tensor, words: Tensor) -> list[
             if c.deep_first:
                 level = 4 - level
             atrous, side = model.atrous[level], c.grids[level]
-            seen = torch.cat((maps[level][b : b + 1], coordinates(side).to(h)), 1)
+            seen = torch.cat((maps[level][b : b + 1], coordinates(side, 8).to(h)), 1)
             weight = torch.cat((atrous.conv.weight, atrous.place.weight), 1)
             scale = atrous.bn.weight / (atrous.bn.running_var + atrous.bn.eps).sqrt()
             bias = atrous.bn.bias - atrous.bn.running_mean * scale
@@ -146,7 +147,7 @@ def test_the_loop_is_the_papers(changes: dict[str, object]) -> None:
 
 
 def test_the_coordinates_are_the_papers() -> None:
-    code = coordinates(5)[0]
+    code = coordinates(5, 8)[0]
     for y in range(5):
         for x in range(5):
             left, top, right, bottom = (2 * n / 5 - 1 for n in (x, y, x + 1, y + 1))

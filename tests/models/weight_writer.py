@@ -8,9 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from refedge.models.slvit import SLViT, SLViTConfig
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+
+
+def official_shapes(model: SLViT) -> dict[str, tuple[int, ...]]:
+    """Every key and shape of the official checkpoint of this size, dead weights included."""
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    return shapes | _dead_shapes(model.config)
+
+
+def _dead_shapes(config: SLViTConfig) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stage, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True), start=1):
+        for block in range(depth):
+            stem = f"backbone.block{stage}.{block}.attn.spatial_gating_unit.fusion.project_v.0"
+            shapes[f"{stem}.weight"] = (width, width, 1)
+            shapes[f"{stem}.bias"] = (width,)
+    shapes["classifier.hamburger.ham.f_l1.0.weight"] = (config.head_width, config.text.width, 1)
+    shapes["classifier.hamburger.ham.f_l1.0.bias"] = (config.head_width,)
+    return shapes
 
 
 def random_like(state: State, seed: int = 0) -> State:

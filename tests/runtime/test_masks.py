@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as coco
 from refedge.runtime.manifest import PostprocessSpec, PreprocessSpec
-from refedge.runtime.masks import encode_rle, overlay, to_mask
+from refedge.runtime.masks import encode_rle, iou, overlay, to_mask
 from refedge.runtime.preprocess import to_pixels
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -86,3 +86,9 @@ def test_overlay_of_nothing_and_everything() -> None:
     image = Image.new("RGB", (4, 4), (80, 80, 80))
     assert (np.asarray(overlay(image, np.zeros((4, 4), bool))) == 40).all()
     assert np.asarray(overlay(image, np.ones((4, 4), bool))).shape == (4, 4, 3)
+
+
+def test_masks_that_are_both_empty_agree() -> None:
+    empty, full = np.zeros((2, 2), bool), np.ones((2, 2), bool)
+    assert iou(empty, empty) == iou(full, full) == 1.0
+    assert iou(empty, full) == 0.0

@@ -12,8 +12,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-
-from .dataset import Sample
+from refedge.data.refshapes.dataset import Sample
 
 _ADJECTIVES = {
     "size": "small|big",
