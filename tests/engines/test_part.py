@@ -114,6 +114,18 @@ def test_8_6_is_told_the_types_and_what_stays_in_float32(tmp_path: Path) -> None
     assert named(world, "ILayer.set_output_type") == [(0, float32)] * 3
 
 
+@pytest.mark.parametrize("version", ["8.6", "10.3", "10.13", "11.4"])
+def test_no_handles_of_other_libraries_are_made(version: str, tmp_path: Path) -> None:
+    """8.6 is told so; later versions make none by themselves. Sources 3 and 4 are its own."""
+    world = bindings(version)
+    build_part(world, task(tmp_path), print)
+    told = named(world, "IBuilderConfig.set_tactic_sources")
+    assert len(told) == version.startswith("8.6")
+    kept = {"EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"}
+    values = (int(Member("TacticSource", name)) for name in kept)
+    assert told == [(sum(1 << v for v in values),)] * len(told)
+
+
 def test_8_6_leaves_shapes_and_integers_alone(tmp_path: Path) -> None:
     world = bindings("8.6")
     layers = [
