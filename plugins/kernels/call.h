@@ -138,12 +138,12 @@ constexpr int fit_out(Call const& c, int i) { return c.fits >> (16 + i) & 1 ? 4 
 // Decide the launches of a call and set its chunks and span; pointers are not looked at.
 inline Plan plan(Operator op, Type type, Call& c) {
   Plan p{};
-  int const size = size_of(type), strips = ceil_div(c.pixels, kPiece);
-  int const groups = groups_of(c.words), wide = padded_words(c.words);
   if (c.batch < 1 || c.batch > 65535 || c.pixels < 1 || c.words < 1 || c.words > kMaxWords ||
       c.channels < 1 || c.channels > kMaxWidth || c.heads < 1 || c.heads > 1024 || c.width < 1 ||
-      c.width > kMaxWidth || strips > kMaxStrips)
+      c.width > kMaxWidth || c.pixels > kMaxStrips * kPiece)
     return p;
+  int const size = size_of(type), strips = ceil_div(c.pixels, kPiece);
+  int const groups = groups_of(c.words), wide = padded_words(c.words);
   cut(op, c);
   auto add = [&p](char const* name, int x, int y, int z, int shared) {
     p.launch[p.launches++] = Launch{name, {x, y, z}, shared};

@@ -36,7 +36,8 @@ __device__ void cross_attention(Call const& c) {
         for (int k = 0; k < c.channels; k += kPiece) {
           Piece<T> left, right;
           lines(left, x + k, c.channels, pixels, c.channels - k, fit_of(c, 0));
-          columns(right, keys + 1ll * k * all + at, all, c.channels - k, all - at, fit_of(c, 1));
+          columns(right, keys + 1ll * k * all + at, all, first_of(c.channels - k), all - at,
+                  fit_of(c, 1));
           multiply(sums, left, right.line);
         }
 #pragma unroll
@@ -61,12 +62,13 @@ __device__ void cross_attention(Call const& c) {
       for (int t0 = -before; t0 < c.words; t0 += kPiece) {
         int const place = (h - h0) * groups + (t0 + before) / kPiece;
         Piece<T> left, right;
+        unsigned const there = words.from(t0);
         load(left, room + place * 4 * 32);
 #pragma unroll
         for (int u = 0; u < kReach / kPiece / kWarps; ++u) {
           int const d = d0 + (u * kWarps + warp) * kPiece;
           if (d >= c.width) break;
-          columns(right, values + 1ll * (h * c.words + t0) * c.width + d, c.width, c.words - t0,
+          columns(right, values + 1ll * (h * c.words + t0) * c.width + d, c.width, there,
                   c.width - d, fit_of(c, 2));
           multiply(found[u], left, right.line);
         }

@@ -17,7 +17,7 @@ __device__ void norm_thin(Call const& c) {
   for (int k = warp * kPiece; k < c.channels; k += kWarps * kPiece) {
     Piece<T> left, right;
     lines(right, first + k, c.channels, c.channels - r0, c.channels - k, fit_of(c, 4));
-    columns(left, given + 1ll * k * wide, wide, c.channels - k, kPiece, 8);
+    columns(left, given + 1ll * k * wide, wide, first_of(c.channels - k), kPiece, 8);
     multiply(sums, left, right.line);
   }
   float found[4];
@@ -25,7 +25,7 @@ __device__ void norm_thin(Call const& c) {
   int const row = r0 + lane % 4 * 8 + warp;
   if (row < c.channels)
     put(static_cast<T*>(c.part[5]) + (1ll * b * c.channels + row) * wide + t0 + lane / 4 * 4,
-        found[0], found[1], found[2], found[3], 4, 4);
+        within<T>(found[0]), within<T>(found[1]), within<T>(found[2]), within<T>(found[3]), 4, 4);
 }
 
 // tanh(second relu(thin P)) (columns P) for centred weights P. Warps that share a strip share its
@@ -91,7 +91,7 @@ __device__ inline void norm_map(Call const& c, char* memory, int held) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int k = 0; k < 8; ++k) sums.at(i, k) = fmaxf(sums.at(i, k), 0.f);
+        for (int k = 0; k < 8; ++k) sums.at(i, k) = within<T>(fmaxf(sums.at(i, k), 0.f));
       Piece<T> opened;
       round_to(opened, sums);
       store(room + (q - q0) * 4 * 32, opened);
@@ -101,6 +101,7 @@ __device__ inline void norm_map(Call const& c, char* memory, int held) {
   // its product with `second`, for `many` eights of channels from `row` on, the last one's to
   // `rows`
   auto gather = [&](Sums<8>(&gate)[MOST], int q0, int row, int rows, int many) {
+    if (many <= 0) return;
     T const* const second =
         static_cast<T const*>(c.in[5]) + (1ll * row + lane / 4) * c.channels + lane % 4 * 8;
 #pragma unroll 1
@@ -114,21 +115,23 @@ __device__ inline void norm_map(Call const& c, char* memory, int held) {
           Eight<T> right[kBatch][1];
 #pragma unroll
           for (int j = 0; j < kBatch; ++j)
-            if (j0 + j < many)
-              right[j][0] = *reinterpret_cast<Eight<T> const*>(at + (j0 + j) * 8 * c.channels);
+            right[j][0] = *reinterpret_cast<Eight<T> const*>(at + (j0 + j < many ? j0 + j : 0) * 8 *
+                                                                      c.channels);
 #pragma unroll
           for (int j = 0; j < kBatch; ++j)
             if (j0 + j < many) multiply(gate[j0 + j], opened, right[j]);
         }
       } else {
         int const depth = c.channels - q * kPiece - lane % 4 * 8;
+        Eight<T> right[MOST][1];
+#pragma unroll
+        for (int j = 0; j < MOST; ++j) {
+          int const there = j < many && j * 8 + lane / 4 < rows ? depth : 0;
+          right[j][0] = eight(at + j * 8 * c.channels, there, fit_of(c, 5));
+        }
 #pragma unroll
         for (int j = 0; j < MOST; ++j)
-          if (j < many) {
-            int const there = j * 8 + lane / 4 < rows ? depth : 0;
-            Eight<T> const right[1] = {eight(at + j * 8 * c.channels, there, fit_of(c, 5))};
-            multiply(gate[j], opened, right);
-          }
+          if (j < many) multiply(gate[j], opened, right[j]);
       }
     }
   };

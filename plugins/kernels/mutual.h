@@ -25,7 +25,8 @@ __device__ void mutual_seen(Call const& c) {
   for (int k = 0; k < c.width && pixels > 0; k += kPiece) {
     Piece<T> left, right;
     lines(left, keys + k, c.width, words, c.width - k, fit_of(c, 0));
-    columns(right, seen + 1ll * k * c.pixels, c.pixels, c.width - k, pixels, fit_of(c, 3));
+    columns(right, seen + 1ll * k * c.pixels, c.pixels, first_of(c.width - k), pixels,
+            fit_of(c, 3));
     multiply(scores, left, right.line);
   }
   float limits[8];
@@ -58,7 +59,7 @@ __device__ void mutual_seen(Call const& c) {
   round_to(powers, scores);
   for (int d = 0; d < c.width; d += kPiece) {
     Piece<T> left;
-    columns(left, values + d, c.width, pixels, c.width - d, fit_of(c, 4));
+    columns(left, values + d, c.width, first_of(pixels), c.width - d, fit_of(c, 4));
     Sums<> product;
     multiply(product, left, powers.line);
     float found[4];
@@ -143,7 +144,8 @@ __device__ void mutual_product(Call const& c) {
           Piece<T> left, right;
           lines(right, keys + 1ll * t0 * c.width + k, c.width, c.words - t0, c.width - k,
                 fit_of(c, 0));
-          columns(left, seen + 1ll * k * c.pixels, c.pixels, c.width - k, pixels, fit_of(c, 3));
+          columns(left, seen + 1ll * k * c.pixels, c.pixels, first_of(c.width - k), pixels,
+                  fit_of(c, 3));
           multiply(sums, left, right.line);
         }
       };

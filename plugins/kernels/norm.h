@@ -72,7 +72,9 @@ __device__ void norm_scores(Call const& c) {
   Words words(c, c.in[3], b);
   float* const record =
       static_cast<float*>(c.part[2]) + (1ll * b * c.chunks + blockIdx.x) * record_of(c.words);
-  int const strips = ceil_div(c.pixels, kPiece);
+  int const strips = ceil_div(c.pixels, kPiece), used = c.words + triangle(c.words);
+  if (used + static_cast<int>(threadIdx.x) < record_of(c.words))
+    record[used + threadIdx.x] = 0.f;  // read with the last moments
 
   for (int turn_of = 0; turn_of < c.span; ++turn_of) {
     int const first = (blockIdx.x * c.span + turn_of) * each, strip = first + mine;
@@ -85,7 +87,7 @@ __device__ void norm_scores(Call const& c) {
         Piece<T> left, right;
         lines(right, keys + 1ll * t0 * c.channels + k, c.channels, c.words - t0, c.channels - k,
               fit_of(c, 1));
-        columns(left, query + 1ll * k * c.pixels + p0, c.pixels, c.channels - k, pixels,
+        columns(left, query + 1ll * k * c.pixels + p0, c.pixels, first_of(c.channels - k), pixels,
                 fit_of(c, 0));
         multiply(sums, left, right.line);
       }
@@ -156,7 +158,8 @@ __device__ void norm_scores(Call const& c) {
           if (c.words > kPiece) recall(centred, strip_of<T>(c, b, strip, a0), c.words - a0);
           turn(rows, centred);
           if (c.words > kPiece) recall(centred, strip_of<T>(c, b, strip, b0), c.words - b0);
-          turn(others, centred);
+          others = rows;
+          if (b0 < a0) turn(others, centred);
           Sums<> sums;
           multiply(sums, rows, others.line);
           int const row = lane / 8 * 8 + lane / 4 % 2, column = lane % 4 * 8;
@@ -168,7 +171,8 @@ __device__ void norm_scores(Call const& c) {
                   sums.at(i, k);
         }
         __syncthreads();
-        int const height = min(c.words - a0, kPiece), entries = a0 == b0 ? triangle(height) : height * kPiece;
+        int const height = min(c.words - a0, kPiece),
+                  entries = a0 == b0 ? triangle(height) : height * kPiece;
         for (int e = threadIdx.x; e < entries; e += kThreads) {
           int r = e / kPiece, q = e % kPiece;
           if (a0 == b0) row_column(e, r, q);
@@ -208,20 +212,29 @@ __device__ void norm_columns(Call const& c) {
   int const parts = max(kThreads / quads, 1);
   for (int e = threadIdx.x; e < parts * quads; e += kThreads) {
     float sum[4] = {};
-#pragma unroll 8
-    for (int k = e / quads; k < c.chunks; k += parts) {
-      Four<float> const found =
-          *reinterpret_cast<Four<float> const*>(partial + 1ll * k * record + e % quads * 4);
-      sum[0] += found.v[0].low, sum[1] += found.v[0].high;
-      sum[2] += found.v[1].low, sum[3] += found.v[1].high;
+    for (int k0 = e / quads; k0 < c.chunks; k0 += 8 * parts) {
+      Four<float> found[8] = {};
+#pragma unroll
+      for (int u = 0; u < 8; ++u)
+        if (k0 + u * parts < c.chunks)
+          found[u] = *reinterpret_cast<Four<float> const*>(
+              partial + 1ll * (k0 + u * parts) * record + e % quads * 4);
+#pragma unroll
+      for (int u = 0; u < 8; ++u) {
+        sum[0] += found[u].v[0].low, sum[1] += found[u].v[0].high;
+        sum[2] += found[u].v[1].low, sum[3] += found[u].v[1].high;
+      }
     }
     for (int i = 0; i < 4; ++i) raw[e * 4 + i] = sum[i];
   }
   for (int t = lane; t < c.words; t += 32) {
     float sum = 0.f;
-#pragma unroll 8
-    for (int k = warp; k < c.chunks; k += kWarps)
-      sum += partial[1ll * k * record + t] * min(run, c.pixels - k * run);
+    for (int k0 = warp; k0 < c.chunks; k0 += 8 * kWarps)
+#pragma unroll
+      for (int u = 0; u < 8; ++u) {
+        int const k = k0 + u * kWarps;
+        if (k < c.chunks) sum += partial[1ll * k * record + t] * min(run, c.pixels - k * run);
+      }
     shares[warp * wide + t] = sum;
   }
   words.meet();
@@ -238,11 +251,14 @@ __device__ void norm_columns(Call const& c) {
     row_column(e, i, j);
     float sum = 0.f;
     for (int k = 0; k < parts; ++k) sum += covariance[k * record + e];
-#pragma unroll 8
-    for (int k = 0; k < c.chunks; ++k) {
-      float const* const one = partial + 1ll * k * record;
-      sum += (one[i] - mean[i]) * (one[j] - mean[j]) * min(run, c.pixels - k * run);
-    }
+    for (int k0 = 0; k0 < c.chunks; k0 += 8)
+#pragma unroll
+      for (int u = 0; u < 8; ++u) {
+        int const k = k0 + u;
+        float const* const one = partial + 1ll * k * record;
+        if (k < c.chunks)
+          sum += (one[i] - mean[i]) * (one[j] - mean[j]) * min(run, c.pixels - k * run);
+      }
     covariance[e] = sum / c.pixels;
   }
   __syncthreads();
@@ -286,8 +302,8 @@ __device__ void norm_columns(Call const& c) {
     for (int e = 0; e < 2; ++e)
       scale[e] = 1.f / (sqrtf(fmaxf(warp_sum(variance[e]), 0.f) + c.epsilon) * kRaise);
     for (int t = lane; t < wide; t += 32) {
-      columns[at * wide + t] = from_float<T>(shifted[t].low * scale[0]);
-      if (two) columns[(at + 1) * wide + t] = from_float<T>(shifted[t].high * scale[1]);
+      columns[at * wide + t] = from_float<T>(within<T>(shifted[t].low * scale[0]));
+      if (two) columns[(at + 1) * wide + t] = from_float<T>(within<T>(shifted[t].high * scale[1]));
     }
     __syncwarp();
   }

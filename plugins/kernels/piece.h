@@ -64,6 +64,16 @@ __device__ inline float exp_of(float v) {
   return expf(v);
 }
 
+// As large as the type can hold: a sum that leaves half's range is not to become infinite.
+template <class T>
+__device__ inline float within(float v) {
+  return v;
+}
+template <>
+__device__ inline float within<half>(float v) {
+  return fminf(fmaxf(v, -65504.f), 65504.f);
+}
+
 // Two neighbours of a line; of the half types in one register.
 template <class T>
 struct Pair {
@@ -303,11 +313,12 @@ __device__ inline void lines(Piece<T>& to, T const* from, long long stride, int 
                              int fit) {
   int const first = lane_of() / 4 * 4, k = lane_of() % 4 * 8;
   from += first * stride + k;
-  if (fit >= 8 && depth >= 32) {
+  if (fit >= 8 && depth % 8 == 0) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       to.line[i] = Eight<T>{};
-      if (first + i < count) to.line[i] = *reinterpret_cast<Eight<T> const*>(from + i * stride);
+      if (first + i < count && k < depth)
+        to.line[i] = *reinterpret_cast<Eight<T> const*>(from + i * stride);
     }
   } else {
 #pragma unroll
@@ -316,20 +327,30 @@ __device__ inline void lines(Piece<T>& to, T const* from, long long stride, int 
   }
 }
 
-// A piece whose lines lie side by side: `depth` rows that are `stride` apart, of `count` lines.
+// The first so many of 32.
+__device__ inline unsigned first_of(int many) { return many > 31 ? ~0u : (1u << max(many, 0)) - 1; }
+// A piece whose lines lie side by side, `count` of them, in rows that are `stride` apart: those of
+// 32 whose bits are in `there`; zero for the others.
 template <class T>
-__device__ inline void columns(Piece<T>& to, T const* from, long long stride, int depth, int count,
-                               int fit) {
+__device__ inline void columns(Piece<T>& to, T const* from, long long stride, unsigned there,
+                               int count, int fit) {
   int const first = lane_of() / 4 * 4, k = lane_of() % 4 * 8;
   from += k * stride + first;
+  there >>= k;
   Four<T> rows[8];
-  if (fit >= 4 && depth >= 32 && count >= 32) {
+  if (fit >= 4) {  // then rows are whole fours, and so is `count`
 #pragma unroll
-    for (int e = 0; e < 8; ++e) rows[e] = *reinterpret_cast<Four<T> const*>(from + e * stride);
+    for (int e = 0; e < 8; ++e) {
+      rows[e] = Four<T>{};
+      if (first < count && there >> e & 1) rows[e] = *reinterpret_cast<Four<T> const*>(from);
+      from += stride;
+    }
   } else {
 #pragma unroll
-    for (int e = 0; e < 8; ++e)
-      rows[e] = four(from + e * stride, k + e < depth ? count - first : 0, fit);
+    for (int e = 0; e < 8; ++e) {
+      rows[e] = four(from, there >> e & 1 ? count - first : 0, 1);
+      from += stride;
+    }
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {

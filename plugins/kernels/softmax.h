@@ -17,13 +17,16 @@ struct Words {
         any(false) {}
   __device__ void meet() { any = __syncthreads_or(own); }
   __device__ bool operator[](int t) const { return !any || given[t]; }
+  // Which of 32 words from the first on there are.
+  __device__ unsigned from(int first) const {
+    int const t = first + lane_of();
+    return __ballot_sync(~0u, t >= 0 && t < count && (*this)[t]);
+  }
   // The most that scores of this lane's words first + 8 t + k may be: nothing where there is none.
   __device__ void limits(float (&found)[8], int first) const {
+    unsigned const there = from(first) >> lane_of() % 4 * 8;
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      int const t = first + lane_of() % 4 * 8 + k;
-      found[k] = t >= 0 && t < count && (*this)[t] ? -kLowest : kLowest;
-    }
+    for (int k = 0; k < 8; ++k) found[k] = there >> k & 1 ? -kLowest : kLowest;
   }
 };
 

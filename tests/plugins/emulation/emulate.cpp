@@ -146,6 +146,15 @@ static float __shfl_sync(unsigned, float v, int from) {
 static float __shfl_xor_sync(unsigned mask, float v, int flip) {
   return __shfl_sync(mask, v, emulation::current % 32 ^ flip);
 }
+static unsigned __ballot_sync(unsigned, bool vote) {
+  emulation::lanes[emulation::current] = vote;
+  emulation::enter(2);
+  unsigned found = 0;
+  for (int i = 0; i < 32; ++i)
+    found |= unsigned(emulation::lanes[emulation::current / 32 * 32 + i] != 0.f) << i;
+  emulation::enter(2);
+  return found;
+}
 static float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 
 #define REFEDGE_EMULATED
