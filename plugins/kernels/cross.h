@@ -33,12 +33,25 @@ __device__ void cross_attention(Call const& c) {
       int const before = h * c.words % step;
       auto scores = [&](Sums<>& sums, int t0) {
         int const at = h * c.words + t0;
-        for (int k = 0; k < c.channels; k += kPiece) {
-          Piece<T> left, right;
-          lines(left, x + k, c.channels, pixels, c.channels - k, fit_of(c, 0));
-          columns(right, keys + 1ll * k * all + at, all, first_of(c.channels - k), all - at,
-                  fit_of(c, 1));
-          multiply(sums, left, right.line);
+        constexpr int kSteps = sizeof(T) == 2 ? 2 : 1;  // loads of two before any product
+        for (int k = 0; k < c.channels; k += kSteps * kPiece) {
+          int const rest = c.channels - k;
+          T const* const rows = keys + 1ll * k * all + at;
+          Piece<T> left[kSteps], right;
+#pragma unroll
+          for (int e = 0; e < kSteps; ++e)
+            lines(left[e], x + k + e * kPiece, c.channels, pixels, rest - e * kPiece, fit_of(c, 0));
+          Rows<T> const first(rows, all, first_of(rest), all - at, fit_of(c, 1));
+          if constexpr (kSteps == 2) {
+            Rows<T> const next(rows + 1ll * kPiece * all, all, first_of(rest - kPiece), all - at,
+                               fit_of(c, 1));
+            first.to(right);
+            multiply(sums, left[0], right.line);
+            next.to(right);
+          } else {
+            first.to(right);
+          }
+          multiply(sums, left[kSteps - 1], right.line);
         }
 #pragma unroll
         for (int k = 0; k < 8; ++k) {

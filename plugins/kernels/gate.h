@@ -136,21 +136,31 @@ __device__ inline void norm_map(Call const& c, char* memory, int held) {
     }
   };
   auto give = [&](Sums<8> const(&gate)[MOST], int row, int rows, int many) {
+    auto grown_at = [&](int j, int t0) {
+      int const r = j * 8 + lane / 4;
+      Eight<T> found{};
+      if (r < rows)
+        found =
+            *reinterpret_cast<Eight<T> const*>(grown + (1ll * row + r) * wide + t0 + lane % 4 * 8);
+      return found;
+    };
+    Piece<T> left;
+    load(left, kept);
+    Eight<T> next = grown_at(0, 0);  // under way while the one before is worked on
 #pragma unroll
     for (int j = 0; j < MOST; ++j) {
       if (j >= many) break;
       Sums<8> found;
+      Eight<T> const right[1] = {next};
+      next = grown_at(j + 1, 0);
+      multiply(found, left, right);
 #pragma unroll 1
-      for (int t0 = 0; t0 < c.words; t0 += kPiece) {
-        int const r = j * 8 + lane / 4;
-        Eight<T> right[1] = {};
-        if (r < rows)
-          right[0] = *reinterpret_cast<Eight<T> const*>(grown + (1ll * row + r) * wide + t0 +
-                                                        lane % 4 * 8);
-        Piece<T> left;
+      for (int t0 = kPiece; t0 < c.words; t0 += kPiece) {
+        Eight<T> const more[1] = {grown_at(j, t0)};
         load(left, kept + t0 * 4);
-        multiply(found, left, right);
+        multiply(found, left, more);
       }
+      if (c.words > kPiece) load(left, kept);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         int const r = j * 8 + lane % 4 * 2 + e, p = lane / 4 * 4;

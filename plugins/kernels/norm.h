@@ -209,6 +209,16 @@ __device__ void norm_columns(Call const& c) {
   int const run = c.span * strips_of(c) * kPiece;
   Words words(c, c.in[3], b);
 
+  // a word's values for the channels of this warp, under way while the moments meet
+  constexpr int kEach = kPiece / kWarps;
+  T const* const values = static_cast<T const*>(c.in[2]);
+  int const channel0 = blockIdx.x * kPiece + warp * kEach;
+  float own[kEach] = {};
+#pragma unroll
+  for (int k = 0; k < kEach; ++k)
+    if (lane < c.words && channel0 + k < c.channels)
+      own[k] = to_float(values[(1ll * b * c.channels + channel0 + k) * c.words + lane]);
+
   int const parts = max(kThreads / quads, 1);
   for (int e = threadIdx.x; e < parts * quads; e += kThreads) {
     float sum[4] = {};
@@ -264,11 +274,11 @@ __device__ void norm_columns(Call const& c) {
   __syncthreads();
 
   // two channels of a warp at a time: every entry of the covariance serves both
-  T const* const values = static_cast<T const*>(c.in[2]);
   T* const columns = static_cast<T*>(c.part[4]);
   Pair<float>* const shifted = reinterpret_cast<Pair<float>*>(shares) + warp * wide;
-  for (int k = 0; k < kPiece / kWarps; k += 2) {
-    int const channel = blockIdx.x * kPiece + warp * (kPiece / kWarps) + k;
+#pragma unroll
+  for (int k = 0; k < kEach; k += 2) {
+    int const channel = channel0 + k;
     if (channel >= c.channels) break;
     bool const two = channel + 1 < c.channels;
     long long const at = 1ll * b * c.channels + channel;
@@ -276,8 +286,9 @@ __device__ void norm_columns(Call const& c) {
     for (int t = lane; t < c.words; t += 32) {
       Pair<float> v{};
       if (words[t]) {
-        v.low = to_float(values[at * c.words + t]);
-        if (two) v.high = to_float(values[(at + 1) * c.words + t]);
+        v = {own[k], own[k + 1]};
+        if (t >= kPiece) v.low = to_float(values[at * c.words + t]);
+        if (t >= kPiece && two) v.high = to_float(values[(at + 1) * c.words + t]);
       }
       shifted[t] = v;
       common[0] += v.low * mean[t], common[1] += v.high * mean[t];

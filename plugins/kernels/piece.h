@@ -330,34 +330,43 @@ __device__ inline void lines(Piece<T>& to, T const* from, long long stride, int 
 // The first so many of 32.
 __device__ inline unsigned first_of(int many) { return many > 31 ? ~0u : (1u << max(many, 0)) - 1; }
 // A piece whose lines lie side by side, `count` of them, in rows that are `stride` apart: those of
-// 32 whose bits are in `there`; zero for the others.
+// 32 whose bits are in `there`; zero for the others. Loads may go out before other work.
+template <class T>
+struct Rows {
+  Four<T> v[8];
+
+  __device__ Rows(T const* from, long long stride, unsigned there, int count, int fit) {
+    int const first = lane_of() / 4 * 4, k = lane_of() % 4 * 8;
+    from += k * stride + first;
+    there >>= k;
+    if (fit >= 4) {  // then rows are whole fours, and so is `count`
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        v[e] = Four<T>{};
+        if (first < count && there >> e & 1) v[e] = *reinterpret_cast<Four<T> const*>(from);
+        from += stride;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        v[e] = four(from, there >> e & 1 ? count - first : 0, 1);
+        from += stride;
+      }
+    }
+  }
+  __device__ void to(Piece<T>& piece) const {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      Four<T> const a = v[2 * e], b = v[2 * e + 1];
+      piece.line[0].v[e] = lows<T>(a.v[0], b.v[0]), piece.line[1].v[e] = highs<T>(a.v[0], b.v[0]);
+      piece.line[2].v[e] = lows<T>(a.v[1], b.v[1]), piece.line[3].v[e] = highs<T>(a.v[1], b.v[1]);
+    }
+  }
+};
 template <class T>
 __device__ inline void columns(Piece<T>& to, T const* from, long long stride, unsigned there,
                                int count, int fit) {
-  int const first = lane_of() / 4 * 4, k = lane_of() % 4 * 8;
-  from += k * stride + first;
-  there >>= k;
-  Four<T> rows[8];
-  if (fit >= 4) {  // then rows are whole fours, and so is `count`
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      rows[e] = Four<T>{};
-      if (first < count && there >> e & 1) rows[e] = *reinterpret_cast<Four<T> const*>(from);
-      from += stride;
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      rows[e] = four(from, there >> e & 1 ? count - first : 0, 1);
-      from += stride;
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    Four<T> const a = rows[2 * e], b = rows[2 * e + 1];
-    to.line[0].v[e] = lows<T>(a.v[0], b.v[0]), to.line[1].v[e] = highs<T>(a.v[0], b.v[0]);
-    to.line[2].v[e] = lows<T>(a.v[1], b.v[1]), to.line[3].v[e] = highs<T>(a.v[1], b.v[1]);
-  }
+  Rows<T>(from, stride, there, count, fit).to(to);
 }
 
 // A left piece in shared memory, a register of all lanes side by side; `at` is this lane's place.
