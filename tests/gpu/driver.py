@@ -6,12 +6,14 @@ Cubins as the plugin library does, PTX as TensorRT does for the ahead-of-time pl
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
+from ...plugins import compile as compiling
 from ...plugins import native
 from ...plugins.quick import CHAINS, FLOAT32
 from ..plugins.emulated import OPERATORS, TYPES, Call, Plan, library
@@ -29,6 +31,8 @@ class Kernels:
         self.cuda = ctypes.CDLL("libcuda.so.1")
         major, minor = torch.cuda.get_device_capability()
         self.ptx = native.ptx(10 * major + minor)
+        if json.loads(compiling.TABLE.read_text())["source"] != compiling.source_hash():
+            raise RuntimeError("the cubins are of another source: make cubins")
         images = native.cubins()
         usable = [int(a[3:]) for a in images if int(a[3:]) // 10 == major]
         self.architecture = f"sm_{max(sm for sm in usable if sm % 10 <= minor)}"

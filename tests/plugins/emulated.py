@@ -73,6 +73,8 @@ def library() -> ctypes.CDLL:
     if not found.exists():
         made = found.with_suffix(f".{os.getpid()}")
         flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
+        flags += ["-fsanitize=alignment,bounds,signed-integer-overflow,shift,null"]
+        flags += ["-fsanitize-undefined-trap-on-error"]
         subprocess.run([compiler, *flags, "-o", str(made), str(SOURCE), "-ldl"], check=True)
         made.rename(found)
     loaded = ctypes.CDLL(str(found))

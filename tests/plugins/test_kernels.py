@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -198,6 +200,14 @@ def test_heads_of_any_number_of_words(words: int, heads: int) -> None:
     feeds = make("CrossAttention", (1, 40, 64, words, heads, 64))
     for dtype in ("float32", "float16"):
         compare("CrossAttention", feeds, dtype)
+
+
+def test_random_calls_stay_within_their_arrays() -> None:
+    """A read or write beyond an array, the workspace or shared memory ends the process."""
+    library()  # skips without a compiler
+    command = [sys.executable, "-m", "refedge.tests.plugins.guarded", "60", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("channels", [512, 1024])

@@ -3,6 +3,7 @@
 // starts as NaN, so a missing barrier or an unwritten cell changes the result.
 #include <dlfcn.h>
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -52,7 +53,8 @@ static inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 
 namespace emulation {
 constexpr int kThreads = 256, kStack = 64 * 1024, kShared = 256 * 1024;
-alignas(128) static char shared[kShared];
+static char *shared, *room;  // in front of a page that nobody may touch
+static int asked;
 static ucontext_t scheduler, context[kThreads];
 static jmp_buf back, place[kThreads];  // a jump costs no system call, a switch of contexts two
 static bool started[kThreads];
@@ -80,9 +82,19 @@ static void resume() {
   swapcontext(&scheduler, &context[current]);
 }
 
+static void share(int bytes) {
+  if (!room) {
+    auto const how = MAP_PRIVATE | MAP_ANONYMOUS;
+    room = static_cast<char*>(mmap(nullptr, kShared + 4096, PROT_READ | PROT_WRITE, how, -1, 0));
+    mprotect(room + kShared, 4096, PROT_NONE);
+  }
+  asked = (bytes + 15) / 16 * 16;
+  shared = room + kShared - asked;
+}
+
 // Run a block to its end; false if threads wait for others that never come.
 static bool block() {
-  std::memset(shared, 0xff, kShared);
+  std::memset(shared, 0xff, asked);
   for (int i = 0; i < kThreads; ++i) {
     getcontext(&context[i]);
     context[i].uc_stack.ss_sp = stacks.data() + i * kStack;
@@ -225,6 +237,7 @@ template <class T> refedge::Pair<T> refedge::movmatrix(Pair<T> p) {
 // Run `step` as every thread of a grid; 0, 3 or 4 as below.
 static int run(int const (&grid)[3], int shared, int order) {
   if (shared > 48 * 1024) return 4;
+  emulation::share(shared);
   emulation::stacks.resize(emulation::kThreads * emulation::kStack);
   emulation::order = order;
   emulation::diverged = false;
