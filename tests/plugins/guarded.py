@@ -120,8 +120,10 @@ def main(calls: int, seed: int) -> None:
         for one, value in zip(found, wanted(operator, feeds, dtype), strict=True):
             assert np.isfinite(one).all()
             scale = max(np.linalg.norm(value), 0.1 * value.size**0.5)
+            # one channel's columns may cancel to a tenth, many channels' errors do not add up;
             # two pixels differ from their mean by a rounding, over itself
-            loose = np.inf if operator == "NormAttention" and sizes[1] == 2 else 1.5
+            loose = 1.5 if min(sizes[2], sizes[5]) >= 8 else 15.0
+            loose = np.inf if operator == "NormAttention" and sizes[1] == 2 else loose
             assert np.linalg.norm(one - value) <= loose * BARS[dtype] * scale
 
 
