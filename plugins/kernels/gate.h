@@ -182,7 +182,7 @@ __device__ inline void norm_map(Call const& c, char* memory, int held) {
     gather(gate, 0, start, rows, many);
     give(gate, start, rows, many);
   } else {
-    for (int j = 0; j < kEights; j += MOST) {
+    for (int j = 0; j < share; j += MOST) {
       Sums<8> gate[MOST];
       int const row = start + j * 8, rows = end - row;
       int const many = min(share - j, ceil_div(max(rows, 0), 8));
@@ -200,9 +200,11 @@ template <class T>
 __device__ void norm_output(Call const& c) {
   REFEDGE_SHARED(memory);
   int const held = kRoom / static_cast<int>(sizeof(Piece<T>) * 32) / outputs_of(c);
-  bool const whole = c.channels % kPiece == 0 && fit_of(c, 5) == 8;
-  if (whole && c.channels <= held * kPiece) norm_map<T, 8>(c, memory, held);
-  else norm_map<T, 4>(c, memory, held);
+  if constexpr (sizeof(T) == 2) {
+    bool const whole = c.channels % kPiece == 0 && fit_of(c, 5) == 8;
+    if (whole && c.channels <= held * kPiece) return norm_map<T, 8>(c, memory, held);
+  }
+  norm_map<T, 4>(c, memory, held);
 }
 
 }  // namespace refedge
