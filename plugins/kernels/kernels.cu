@@ -1,7 +1,7 @@
 // The fused operators of ../reference.py as CUDA kernels; ../../docs/plugins.md has the passes.
 //
 // Softmax, moments and sums are float32 whatever the type of inputs and outputs; products of half
-// and bfloat16 tiles run on tensor cores. No atomics: the same call gives the same bits.
+// and bfloat16 pieces run on tensor cores. No atomics: the same call gives the same bits.
 #include "cross.h"
 #include "gate.h"
 #include "mutual.h"

@@ -71,7 +71,7 @@ __device__ void mutual_seen(Call const& c) {
   }
 }
 
-// All tiles together, then the product of what a word saw with the values of every word.
+// All runs of strips together, then the product of what a word saw with the values of every word.
 template <class T>
 __device__ void mutual_pairs(Call const& c) {
   REFEDGE_SHARED(memory);

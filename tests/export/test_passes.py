@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -19,7 +20,8 @@ from refedge.plugins.onnx_function import DOMAIN
 from refedge.plugins.quick import CHAINS, PASSES
 from refedge.runtime.plan import PartPlan, Plan
 
-from ..plugins.emulated import run_pass
+from ..conftest import exported
+from ..plugins.emulated import Fences, run_pass
 from .small_graphs import run
 from .test_fuse import Feeds, given, heads_part, mask_part, mutual_feeds, mutual_part
 
@@ -83,7 +85,10 @@ def emulated(kind: str) -> type[OpRun]:
     def compute(self: Any, *inputs: np.ndarray, **settings: Any) -> tuple[np.ndarray, ...]:
         tensors = {n: np.ascontiguousarray(v) for n, v in zip(one.inputs, inputs, strict=True)}
         half = any(value.dtype == np.float16 for value in inputs)
-        found = run_pass(one, tensors, "float16" if half else "float32")
+        place = Fences().place
+        found = run_pass(
+            one, tensors, "float16" if half else "float32", lambda _, *size: place(*size)
+        )
         return tuple(value.copy() for value in found.values())
 
     return type(kind, (OpRun,), {"op_domain": DOMAIN, "_run": compute})
@@ -101,3 +106,30 @@ def test_the_graph_computes_the_same_with_the_kernels(operator: str, rest: str) 
         np.testing.assert_allclose(
             found, wanted[name], atol=(2e-2 if rest == "fp16" else 1e-5) * size
         )
+
+
+@pytest.mark.parametrize(("rest", "most"), [("fp32", 3e-5), ("fp16", 0.1)], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["slvit-tiny", "m3att-tiny", "cm_masksd-tiny"])
+def test_a_checkpoint_s_mask_part_by_the_kernels(name: str, rest: str, most: float) -> None:
+    """All passes of a trained network in a row; logits in their standard deviations."""
+    graphs, rng = exported(name) / "graphs", np.random.default_rng(0)
+    known: Feeds = {
+        "ids": rng.integers(3, 30, (1, 20)).astype(np.int32),
+        "words": np.arange(20)[None] < 8,
+        "pixels": rng.integers(0, 256, (1, 96, 96, 3)).astype(np.uint8),
+        "image_index": np.zeros(1, np.int32),
+    }
+    for part in ("text", "image", "mask"):
+        if (graphs / f"{part}.onnx").is_file():
+            session = onnxruntime.InferenceSession(graphs / f"{part}.onnx")
+            fed = {i.name: known[i.name] for i in session.get_inputs()}
+            made = session.run(None, fed)
+            known |= dict(zip((o.name for o in session.get_outputs()), made, strict=True))
+    out = written(onnx.load(graphs / "mask.onnx"), "trt10-quick", rest)
+    fed = {
+        i.name: known[i.name].astype(helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type))
+        for i in out.graph.input
+    }
+    found = ReferenceEvaluator(out, new_ops=[emulated(kind) for kind in PASSES]).run(None, fed)
+    wanted = known["logits"].astype(np.float64)
+    assert np.abs(found[0] - wanted).max() <= most * wanted.std()

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).parent / "emulation" / "emulate.cpp"
 OPERATORS = ("CrossAttention", "NormAttention", "MutualAttention")
 TYPES = ("float32", "float16", "bfloat16")
-GUARD = 64  # elements around an output that nothing may write
+GUARD = 256  # bytes around an array that nothing may write
+
+
+Place = Callable[[int, int], np.ndarray]  # so many bytes, for elements of so many
 
 
 class Call(ctypes.Structure):
@@ -111,13 +114,96 @@ def shape_of(operator: str, feeds: list[np.ndarray]) -> tuple[dict[str, int], li
     return sizes, [(b, t, n), (b, t, n)]
 
 
-def offset(values: np.ndarray, elements: int) -> np.ndarray:
-    """The same array, ``elements`` past an address that is a multiple of 64 bytes."""
-    room = np.zeros(values.size + elements + 64, values.dtype)
-    start = -room.ctypes.data % 64 // values.itemsize + elements
-    placed = room[start : start + values.size].reshape(values.shape)
-    placed[...] = values
-    return placed
+def kinds_of(dtype: str) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """What holds an operator's type, bfloat16 as bits, and what is float32 in any."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype), np.dtype(np.float32)
+
+
+def placed(values: np.ndarray, place: Place) -> np.ndarray:
+    """The same array, in bytes that ``place`` gives."""
+    found = place(values.nbytes, values.itemsize).view(values.dtype).reshape(values.shape)
+    found[...] = values
+    return found
+
+
+def run_call(
+    operator: str,
+    feeds: list[np.ndarray],
+    dtype: str,
+    place: Place,
+    work: Place,
+    *,
+    epsilon: float = 1e-5,
+    order: int = 0,
+) -> list[np.ndarray]:
+    """Run the kernels; ``place`` gives inputs and outputs their bytes, ``work`` the workspace."""
+    sizes, shapes = shape_of(operator, feeds)
+    call, kept, found = Call(**sizes, epsilon=epsilon), [], []
+    for i, values in enumerate(feeds):
+        kept.append(placed(values if values.dtype == bool else to_bits(values, dtype), place))
+        call.inputs[i] = kept[i].ctypes.data
+    for i, (shape, kind) in enumerate(zip(shapes, kinds_of(dtype), strict=False)):
+        size = int(np.prod(shape)) * kind.itemsize
+        found.append(place(size, kind.itemsize).view(kind).reshape(shape))
+        call.outputs[i] = found[i].ctypes.data
+    which = OPERATORS.index(operator), TYPES.index(dtype)
+    size = library().refedge_workspace(*which, ctypes.byref(call))
+    if size < 0:
+        raise ValueError(f"refused: {sizes}")
+    room = work(size, 1)
+    call.work = room.ctypes.data
+    status = library().refedge_emulate(*which, ctypes.byref(call), order)
+    assert status == 0, status
+    return [from_bits(values.copy()) for values in found]
+
+
+def run_pass(
+    one: Pass,
+    tensors: Mapping[str, np.ndarray],
+    dtype: str,
+    place: Callable[[str, int, int], np.ndarray],
+    *,
+    order: int = 0,
+) -> dict[str, np.ndarray]:
+    """What a pass of ``plugins/quick.py`` makes of its inputs, in bytes that ``place`` gives."""
+    kind, single = kinds_of(dtype)
+    lengths = one.lengths({name: tensors[name].shape for name in one.inputs})
+    grid, shared = one.launch(lengths, kind.itemsize)
+    made = {}
+    for name, letters in one.outputs.items():
+        form = single if name in FLOAT32 else kind
+        shape = tuple(lengths[letter] for letter in letters)
+        size = int(np.prod(shape)) * form.itemsize
+        made[name] = place(name, size, form.itemsize).view(form).reshape(shape)
+    arguments: list[Any] = [ctypes.c_void_p(tensors[n].ctypes.data) for n in one.inputs]
+    arguments += [ctypes.c_int(lengths[letter]) for letter in one.integers]
+    arguments += [ctypes.c_void_p(values.ctypes.data) for values in made.values()]
+    pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    entry, blocks = f"{one.kernel}_{dtype}".encode(), (ctypes.c_int * 3)(*grid)
+    assert library().refedge_quick(entry, pointers, blocks, shared, order) == 0
+    return made
+
+
+class Fences:
+    """Places for arrays: bytes full of ones, with more of them on both sides, which ``check`` sees.
+
+    shift: elements by which places miss a multiple of 64 bytes.
+    """
+
+    def __init__(self, shift: int = 0) -> None:
+        self._shift = shift
+        self._rooms: list[tuple[np.ndarray, int, int]] = []
+
+    def place(self, size: int, item: int) -> np.ndarray:
+        room = np.full(size + 2 * GUARD, 0xFF, np.uint8)
+        first = GUARD // 2 + -(room.ctypes.data + GUARD // 2) % 64 + self._shift * item
+        self._rooms.append((room, first, first + size))
+        return room[first : first + size]
+
+    def check(self) -> None:
+        for room, first, end in self._rooms:
+            assert (room[:first] == 0xFF).all()
+            assert (room[end:] == 0xFF).all()
 
 
 def emulate(
@@ -129,75 +215,16 @@ def emulate(
     order: int = 0,
     shift: int = 0,
 ) -> list[np.ndarray]:
-    """Run the kernels; outputs and workspace start as NaN, outputs have guards around them.
+    """Run the kernels between fences.
 
-    shift: elements by which all pointers miss an aligned address.
+    shift: elements by which all pointers but the workspace's miss an aligned address.
     """
-    sizes, shapes = shape_of(operator, feeds)
-    given = [offset(v if v.dtype == bool else to_bits(v, dtype), shift) for v in feeds]
-    call = Call(**sizes, epsilon=epsilon)
-    for i, values in enumerate(given):
-        call.inputs[i] = values.ctypes.data
-    kinds = [np.dtype(np.uint16 if dtype == "bfloat16" else dtype), np.dtype(np.float32)]
-    rooms = []
-    for i, shape in enumerate(shapes):
-        size = int(np.prod(shape))
-        blank = np.full((size + 2 * GUARD) * kinds[i].itemsize, 0xFF, np.uint8).view(kinds[i])
-        rooms.append(offset(blank, shift))
-        call.outputs[i] = rooms[i].ctypes.data + GUARD * kinds[i].itemsize
-    which = OPERATORS.index(operator), TYPES.index(dtype)
-    size = library().refedge_workspace(*which, ctypes.byref(call))
-    if size < 0:
-        raise ValueError(f"refused: {sizes}")
-    work = offset(np.full(size + 256, 0xFF, np.uint8), 0)
-    call.work = work.ctypes.data
-    status = library().refedge_emulate(*which, ctypes.byref(call), order)
-    assert status == 0, status
-    assert (work[size:] == 0xFF).all(), "wrote past the workspace"
-    found = []
-    for room, shape in zip(rooms, shapes, strict=True):
-        raw = room.view(np.uint8)
-        edge = GUARD * room.itemsize
-        assert (raw[:edge] == 0xFF).all()
-        assert (raw[-edge:] == 0xFF).all()
-        found.append(from_bits(room[GUARD:-GUARD]).reshape(shape))
+    fences, work = Fences(shift), Fences()
+    places = {"place": fences.place, "work": work.place}
+    found = run_call(operator, feeds, dtype, **places, epsilon=epsilon, order=order)
+    fences.check()
+    work.check()
     return found
-
-
-def run_pass(
-    one: Pass,
-    tensors: dict[str, np.ndarray],
-    dtype: str,
-    *,
-    order: int = 0,
-    shift: Mapping[str, int] = {},
-) -> dict[str, np.ndarray]:
-    """What a pass of ``plugins/quick.py`` makes of its inputs; outputs as those of ``emulate``.
-
-    shift: as there, of an output by its name.
-    """
-    kind = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-    lengths = one.lengths({name: tensors[name].shape for name in one.inputs})
-    grid, shared = one.launch(lengths, kind.itemsize)
-    arguments: list[Any] = [ctypes.c_void_p(tensors[n].ctypes.data) for n in one.inputs]
-    arguments += [ctypes.c_int(lengths[letter]) for letter in one.integers]
-    rooms, made = {}, {}
-    for name, letters in one.outputs.items():
-        form = np.dtype(np.float32) if name in FLOAT32 else kind
-        shape = tuple(lengths[letter] for letter in letters)
-        blank = np.full((int(np.prod(shape)) + 2 * GUARD) * form.itemsize, 0xFF, np.uint8)
-        rooms[name] = offset(blank.view(form), shift.get(name, 0))
-        made[name] = rooms[name][GUARD:-GUARD].reshape(shape)
-        arguments.append(ctypes.c_void_p(made[name].ctypes.data))
-    pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-    size = (ctypes.c_int * 3)(*grid)
-    entry = f"{one.kernel}_{dtype}".encode()
-    assert library().refedge_quick(entry, pointers, size, shared, order) == 0
-    for name, room in rooms.items():
-        raw, edge = room.view(np.uint8), GUARD * room.itemsize
-        assert (raw[:edge] == 0xFF).all(), name
-        assert (raw[-edge:] == 0xFF).all(), name
-    return made
 
 
 REFERENCES: dict[str, Callable[..., Any]] = {

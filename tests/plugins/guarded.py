@@ -14,18 +14,18 @@ import random
 import sys
 
 import numpy as np
-from refedge.plugins.quick import CHAINS, FLOAT32
+from refedge.plugins.quick import CHAINS
 
 from .emulated import (
     BARS,
-    OPERATORS,
     REFERENCES,
     TYPES,
-    Call,
+    Feeds,
     from_bits,
-    library,
     make,
-    shape_of,
+    placed,
+    run_call,
+    run_pass,
     to_bits,
     wanted,
 )
@@ -39,89 +39,44 @@ WORDS = (1, 2, 3, 7, 15, 17, 20, 29, 30, 31, 32, 33, 34, 36, 40, 64, 65, 100, 12
 WIDTHS = (1, 3, 8, 16, 24, 32, 33, 40, 64, 72, 96, 136)
 
 
-class Guarded:
-    """Bytes that end, or begin, at a page without access."""
+class Pages:
+    """Places for arrays that end, or begin, at a page without access; bytes full of ones."""
 
-    def __init__(self, size: int, ends: bool, fill: int = 0xFF) -> None:
+    def __init__(self, ends: bool) -> None:
+        self._ends = ends
+        self._edges: list[int] = []
+
+    def place(self, size: int, item: int) -> np.ndarray:
         whole = -(-size // PAGE) * PAGE
-        self.map = mmap.mmap(-1, whole + 2 * PAGE)
-        start = np.frombuffer(self.map, np.uint8).ctypes.data
-        first = PAGE + (whole - size if ends else 0)
-        self.bytes = np.frombuffer(self.map, np.uint8, size, first)
-        self.bytes[:] = fill
+        held = mmap.mmap(-1, whole + 2 * PAGE)
+        start = np.frombuffer(held, np.uint8).ctypes.data
+        room = np.frombuffer(held, np.uint8, size, PAGE + (whole - size if self._ends else 0))
+        room[:] = 0xFF
         for edge in (start, start + PAGE + whole):
             assert LIBC.mprotect(edge, PAGE, 0) == 0
-        self.edges = start, start + PAGE + whole
+            self._edges.append(edge)
+        return room
 
-    def free(self) -> None:
-        for edge in self.edges:
+    def open(self) -> None:
+        """Before the arrays go: what unmaps them may touch all pages."""
+        for edge in self._edges:
             LIBC.mprotect(edge, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def called(
-    operator: str, feeds: list[np.ndarray], dtype: str, ends: bool, order: int
-) -> list[np.ndarray]:
-    """Outputs of an emulated call between guards."""
-    sizes, shapes = shape_of(operator, feeds)
-    call, rooms = Call(**sizes, epsilon=1e-5), []
-    for i, values in enumerate(feeds):
-        given = np.ascontiguousarray(values if values.dtype == bool else to_bits(values, dtype))
-        rooms.append(Guarded(given.nbytes, ends))
-        rooms[-1].bytes[:] = given.reshape(-1).view(np.uint8)
-        call.inputs[i] = rooms[-1].bytes.ctypes.data
-    kinds = [np.dtype(np.uint16 if dtype == "bfloat16" else dtype), np.dtype(np.float32)]
-    made = []
-    for i, shape in enumerate(shapes):
-        made.append(Guarded(int(np.prod(shape)) * kinds[i].itemsize, ends))
-        call.outputs[i] = made[-1].bytes.ctypes.data
-    which = OPERATORS.index(operator), TYPES.index(dtype)
-    work = Guarded(library().refedge_workspace(*which, ctypes.byref(call)), ends)
-    call.work = work.bytes.ctypes.data
-    assert library().refedge_emulate(*which, ctypes.byref(call), order) == 0
-    found = [
-        from_bits(room.bytes.copy().view(kind)).reshape(shape)
-        for room, kind, shape in zip(made, kinds, shapes, strict=False)
-    ]
-    for room in (*rooms, *made, work):
-        room.free()
-    return found
+def called(pages: Pages, operator: str, feeds: Feeds, dtype: str, order: int) -> Feeds:
+    """As the library calls its kernels."""
+    return run_call(operator, feeds, dtype, pages.place, pages.place, order=order)
 
 
-def passed(
-    operator: str, feeds: list[np.ndarray], dtype: str, ends: bool, order: int
-) -> list[np.ndarray]:
-    """The same by the passes of the ahead-of-time plugins, each tensor of theirs so placed."""
-    chain, rooms = CHAINS[operator], []
-    kind = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-    tensors: dict[str, np.ndarray] = {}
-
-    def place(name: str, shape: tuple[int, ...], form: np.dtype) -> None:
-        rooms.append(Guarded(int(np.prod(shape)) * form.itemsize, ends))
-        tensors[name] = rooms[-1].bytes.view(form).reshape(shape)
-
+def passed(pages: Pages, operator: str, feeds: Feeds, dtype: str, order: int) -> Feeds:
+    """As the ahead-of-time plugins do, every tensor of theirs between pages."""
+    chain = CHAINS[operator]
     given = [v if v.dtype == bool else to_bits(v, dtype) for v in feeds]
     known = dict(zip(chain.inputs, given, strict=True), epsilon=np.float32([1e-5]))
-    for name, value in known.items():
-        place(name, value.shape, value.dtype)
-        tensors[name][...] = value
+    tensors = {name: placed(value, pages.place) for name, value in known.items()}
     for one in chain.passes.values():
-        lengths = one.lengths({name: tensors[name].shape for name in one.inputs})
-        for name, letters in one.outputs.items():
-            form = np.dtype(np.float32) if name in FLOAT32 else kind
-            place(name, tuple(lengths[letter] for letter in letters), form)
-        arguments: list[ctypes.c_void_p | ctypes.c_int] = [
-            *(ctypes.c_void_p(tensors[name].ctypes.data) for name in one.inputs),
-            *(ctypes.c_int(lengths[letter]) for letter in one.integers),
-            *(ctypes.c_void_p(tensors[name].ctypes.data) for name in one.outputs),
-        ]
-        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        grid, shared = one.launch(lengths, kind.itemsize)
-        entry, size = f"{one.kernel}_{dtype}".encode(), (ctypes.c_int * 3)(*grid)
-        assert library().refedge_quick(entry, pointers, size, shared, order) == 0
-    found = [from_bits(tensors[name].copy()) for name in chain.outputs]
-    for room in rooms:
-        room.free()
-    return found
+        tensors |= run_pass(one, tensors, dtype, lambda _, *size: pages.place(*size), order=order)
+    return [from_bits(tensors[name].copy()) for name in chain.outputs]
 
 
 def chosen(draw: random.Random, operator: str) -> tuple[int, ...]:
@@ -155,7 +110,9 @@ def main(calls: int, seed: int) -> None:
         ends, order = draw.random() < 0.7, draw.choice([0, 1, 2])
         how = draw.choice([called, passed])
         print(n, how.__name__, operator, dtype, sizes, which, ends, order, flush=True)
-        found = how(operator, feeds, dtype, ends, order)
+        pages = Pages(ends)
+        found = how(pages, operator, feeds, dtype, order)
+        pages.open()
         for one, value in zip(found, wanted(operator, feeds, dtype), strict=True):
             assert np.isfinite(one).all()
             scale = max(np.linalg.norm(value), 0.1 * value.size**0.5)
