@@ -26,6 +26,7 @@ from .errors import InputError
 @click.option("--versions", is_flag=True, help="Run on later TensorRT of this major version.")
 @click.option("--refit", is_flag=True, help="Weights can be replaced.")
 @click.option("--strip", is_flag=True, help="Leave the weights out; a build without it fills in.")
+@click.option("--race/--no-race", default=True, help="With plugins: time them against none.")
 @click.option("--inspect/--no-inspect", default=True, help="Hold engines against the plan.")
 @click.option("--print-trtexec", is_flag=True, help="Print trtexec's lines instead of building.")
 def build(
@@ -41,6 +42,7 @@ def build(
     versions: bool,
     refit: bool,
     strip: bool,
+    race: bool,
     inspect: bool,
     print_trtexec: bool,
 ) -> None:
@@ -66,6 +68,7 @@ def build(
         batches=batches,
         target=target,
         inspect=inspect,
+        race=race,
         say=click.echo,
     )
     size = sum(spec.bytes for spec in record.parts.values()) / 1e6

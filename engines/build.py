@@ -5,7 +5,8 @@ bundle's dialect for that TensorRT, which was written where onnx is installed. P
 after the other, each in a process of its own (``part.py``), so that the memory of one is free
 before the next begins. After each part the record is written anew: what is done is kept when a
 later part fails, or when the same build is started again. Engines that an earlier build left
-without weights are filled from the graphs in place of a build (``refit.py``).
+without weights are filled from the graphs in place of a build (``refit.py``). With plugins a part
+may be built in two ways; the faster is kept (``race.py``).
 """
 
 from __future__ import annotations
@@ -20,25 +21,36 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 
 from ..errors import EngineError, InputError
 from ..runtime.backends.bindings import open_tensorrt
 from ..runtime.backends.cuda import target_for
-from ..runtime.bundle import open_bundle, sha256_of
-from ..runtime.engine import FOLDER, RECORD, EngineSet, EngineSpec, decode_engines, encode_engines
+from ..runtime.bundle import Bundle, open_bundle, sha256_of
+from ..runtime.engine import (
+    FOLDER,
+    RECORD,
+    EngineSet,
+    EngineSpec,
+    Timed,
+    decode_engines,
+    encode_engines,
+)
 from ..runtime.files import write_atomically
+from ..runtime.manifest import PartSpec
 from .layers import Inspection, inspect_layers, read_layers, require_plan
-from .part import Options, PartResult, PartTask
+from .part import Options, PartResult, PartTask, Shapes
+from .race import RaceResult, RaceTask
 from .refusals import no_memory
 from .source import Source, profile_of, shapes_of, source_of
 from .tensorrt import dialect_of
 
-_LINES = 30  # of a builder process that died
+_LINES = 30  # of a process that died
+_Answer = TypeVar("_Answer", PartResult, RaceResult)
 
 
 def build(
@@ -50,15 +62,19 @@ def build(
     batches: Path | None = None,
     target: str = "",
     inspect: bool = True,
+    race: bool = True,
     say: Callable[[str], None] = print,
 ) -> EngineSet:
     """Engines of all parts of a plan, in ``<bundle>/engines/<target>/<plan>/``.
 
     plugins: libraries to load first; they are copied beside the engines. With them, the dialect
-             whose blocks are one node is taken where the bundle has it.
+             whose blocks are one node is taken where the bundle has it; ``options.quick`` does
+             the same for ahead-of-time plugins.
     batches: JSON file with the batches that were seen (``docs/engines.md``); None: the manifest's.
     target:  refuse unless this machine's target has this in its name.
     inspect: raise EngineError ``engine-precision`` where an engine is not what the plan says.
+    race:    parts that such a dialect changes are built from the usual one too, both are timed, and
+             the faster is kept; else that with the plugin is.
     """
     bundle = open_bundle(path)
     trt = open_tensorrt()
@@ -73,6 +89,10 @@ def build(
     options = options or Options()
     fused = "quick" if options.quick else "plugin" if plugins else ""
     source = source_of(bundle, plan, dialect_of(trt.__version__), fused=fused)
+    sources = [source]
+    if race and fused and source.dialect.name.endswith(f"-{fused}"):
+        _require_weights(options)
+        sources.append(source_of(bundle, plan, dialect_of(trt.__version__)))
     root = bundle.path / FOLDER / here.name
     folder = root / plan
     _make(folder)
@@ -87,45 +107,38 @@ def build(
             asdict(options),
         )
         record = replace(record, parts=_kept(folder, record))
+        work = _Work(bundle, folder, record.plugins, here.sm, options, batches, say)
         for part in bundle.manifest.parts:
-            file = source.dialect.graphs[part.name]
-            graph = sha256_of(bundle.file(file))
-            profile = profile_of(part, batches)
+            ways = {  # by the graph's SHA-256
+                sha256_of(bundle.file(one.dialect.graphs[part.name])): one
+                for one in (sources if source.fuses(part.name) else [source])
+            }
             done = record.parts.get(part.name)
-            if done is not None and (done.graph, done.profile) != (graph, profile):
+            if done is not None and not _fits(done, set(ways), profile_of(part, batches)):
                 done = None
             if done is not None and done.stripped == options.strip:
                 say(f"{part.name}: kept, its engine is up to date")
                 continue
-            task = PartTask(
-                part.name,
-                str(bundle.file(file)),
-                str(folder / f"{part.name}.engine.new"),
-                str(root / "timing.cache"),
-                source.rest,
-                bool(source.int8(part.name)),
-                source.pinned(part.name),
-                shapes_of(bundle.manifest, part, profile, batches),
-                {str(folder / name): sha256 for name, sha256 in record.plugins.items()},
-                here.sm,
-                options,
-                "" if done is None else str(folder / done.file),
-            )
-            if task.stripped:
+            if done is not None:
                 say(f"{part.name}: its engine is here without weights; they are put in")
-            result = _in_a_process(task, say)
+            made = [work.build(part, way, done, new=i) for i, way in enumerate(ways.items())]
+            names = [way.dialect.name for way in ways.values()]
+            timed = work.race(part, made, names) if len(made) > 1 else ()
+            best = min(range(len(timed)), key=lambda i: timed[i].milliseconds, default=0)
+            file, spec, result = made[best]
             try:
-                inspection = _inspected(result, source, part.name)
+                inspection = _inspected(result, ways[spec.graph], part.name)
             except EngineError:  # its layers are told in a form that nobody knew
                 if inspect:
                     raise
                 inspection = Inspection()
             if inspect:
                 require_plan(inspection, part.name, plan)
-            engine = folder / f"{part.name}.engine"
-            os.replace(task.engine, engine)
+            os.replace(file, folder / spec.file)
+            for other, _, _ in made:
+                other.unlink(missing_ok=True)
             layers = msgspec.json.decode(msgspec.json.encode(inspection))
-            spec = _spec(engine, graph, profile, result.memory, layers, options.strip)
+            spec = replace(spec, layers=layers, timed=timed)
             record = replace(record, parts={**record.parts, part.name: spec})
             write_atomically(folder / RECORD, encode_engines(record))
             say(f"{part.name}: {spec.bytes / 1e6:.1f} MB, {_summary(inspection)}")
@@ -144,16 +157,88 @@ def _summary(inspection: Inspection) -> str:
     return f"visible convolutions and products: {layers or 'none'}{opaque}"
 
 
-def _spec(
-    file: Path,
-    graph: str,
-    profile: tuple[int, int, int],
-    memory: int,
-    layers: dict[str, Any],
-    stripped: bool,
-) -> EngineSpec:
-    size, sha256 = file.stat().st_size, sha256_of(file)
-    return EngineSpec(file.name, graph, size, sha256, profile, memory, layers, stripped)
+@dataclass(frozen=True)
+class _Work:
+    """What the builds of all parts have in common."""
+
+    bundle: Bundle
+    folder: Path
+    libraries: dict[str, str]
+    sm: int
+    options: Options
+    batches: Path | None
+    say: Callable[[str], None]
+
+    def build(
+        self, part: PartSpec, way: tuple[str, Source], done: EngineSpec | None, *, new: int
+    ) -> tuple[Path, EngineSpec, PartResult]:
+        """Build a graph, or fill what is ``done``; ``new`` counts the engines of the part."""
+        graph, source = way
+        file = self.folder / f"{part.name}.engine.new{new or ''}"
+        task = PartTask(
+            part.name,
+            str(self.bundle.file(source.dialect.graphs[part.name])),
+            str(file),
+            str(self.folder.parent / "timing.cache"),
+            source.rest,
+            bool(source.int8(part.name)),
+            source.pinned(part.name),
+            self._shapes(part),
+            self._plugins,
+            self.sm,
+            self.options,
+            "" if done is None else str(self.folder / done.file),
+        )
+        result = _in_a_process(task, self.say)
+        size, sha256, profile = file.stat().st_size, sha256_of(file), profile_of(part, self.batches)
+        name, stripped = f"{part.name}.engine", self.options.strip
+        spec = EngineSpec(name, graph, size, sha256, profile, result.memory, stripped=stripped)
+        return file, spec, result
+
+    def race(
+        self, part: PartSpec, made: Sequence[tuple[Path, EngineSpec, PartResult]], names: list[str]
+    ) -> tuple[Timed, ...]:
+        """Time them; ``names`` are their dialects."""
+        task = RaceTask(
+            part,
+            tuple((str(file), spec) for file, spec, _ in made),
+            self._shapes(part),
+            tuple(t.name for p in self.bundle.manifest.parts for t in p.outputs),
+            self._plugins,
+            self.options.versions,
+        )
+        spent = _against_each_other(task, self.say)
+        timed = tuple(
+            Timed(name, spec.graph, each)
+            for name, (_, spec, _), each in zip(names, made, spent, strict=True)
+        )
+        told = ", ".join(f"{t.milliseconds:.3f} ms as {t.dialect}" for t in timed)
+        self.say(f"{part.name}: {told}; the faster is kept")
+        return timed
+
+    @property
+    def _plugins(self) -> dict[str, str]:
+        return {str(self.folder / name): sha256 for name, sha256 in self.libraries.items()}
+
+    def _shapes(self, part: PartSpec) -> Shapes:
+        profile = profile_of(part, self.batches)
+        return shapes_of(self.bundle.manifest, part, profile, self.batches)
+
+
+def _fits(done: EngineSpec, graphs: set[str], profile: tuple[int, int, int]) -> bool:
+    """Whether an engine is what a build of these graphs would give."""
+    chosen = {t.graph for t in done.timed} if len(graphs) > 1 else {done.graph}
+    return done.profile == profile and chosen == graphs
+
+
+def _require_weights(options: Options) -> None:
+    if options.strip:
+        raise EngineError(
+            "engine-option",
+            "engines without weights cannot be timed",
+            why="with plugins, a part is built with and without them and the faster is kept",
+            fix="leave --strip out, or add --no-race to keep those with the plugins",
+        )
 
 
 def _kept(folder: Path, record: EngineSet) -> dict[str, EngineSpec]:
@@ -223,11 +308,29 @@ def _only_one(path: Path) -> Iterator[None]:
 
 def _in_a_process(task: PartTask, say: Callable[[str], None]) -> PartResult:
     """Run ``part.py``; what ends that process from outside becomes an EngineError here."""
+    return _alone("part", f"builder of the part {task.part!r}", task.part, task, PartResult, say)
+
+
+def _against_each_other(task: RaceTask, say: Callable[[str], None]) -> tuple[float, ...]:
+    """Run ``race.py``, the same way."""
+    name = task.part.name
+    what = f"process that timed the engines of the part {name!r}"
+    return _alone("race", what, name, task, RaceResult, say).milliseconds
+
+
+def _alone(
+    module: str,
+    what: str,
+    part: str,
+    task: PartTask | RaceTask,
+    kind: type[_Answer],
+    say: Callable[[str], None],
+) -> _Answer:
     folder = Path(tempfile.mkdtemp(prefix="refedge-build-"))
     try:
         asked, answer = folder / "task.json", folder / "result.json"
         asked.write_bytes(msgspec.json.encode(task))
-        command = [sys.executable, "-m", "refedge.engines.part", str(asked), str(answer)]
+        command = [sys.executable, "-m", f"refedge.engines.{module}", str(asked), str(answer)]
         lines: list[str] = []
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -236,27 +339,27 @@ def _in_a_process(task: PartTask, say: Callable[[str], None]) -> PartResult:
                 lines = [*lines[1 - _LINES :], line.rstrip()]
                 say(line.rstrip())
         if process.returncode or not answer.is_file():
-            raise _died(task.part, process.returncode, lines)
-        result = msgspec.json.decode(answer.read_bytes(), type=PartResult)
+            raise _died(what, part, process.returncode, lines)
+        result = msgspec.json.decode(answer.read_bytes(), type=kind)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if result.error is not None:
-        code, what, why, fix = result.error
-        raise EngineError(code, what, why=why, fix=fix)
+        code, text, why, fix = result.error
+        raise EngineError(code, text, why=why, fix=fix)
     return result
 
 
-def _died(part: str, status: int, lines: list[str]) -> EngineError:
+def _died(what: str, part: str, status: int, lines: list[str]) -> EngineError:
     said = " | ".join(lines[-4:]) or "it said nothing"
     if status == -signal.SIGKILL:
-        return no_memory(part, f"the system ended the builder (SIGKILL); {said}")
+        return no_memory(part, f"the system ended the {what} (SIGKILL); {said}")
     try:
         name = signal.Signals(-status).name
     except ValueError:
         name = f"exit code {status}"
     return EngineError(
         "engine-build",
-        f"the builder of the part {part!r} died",
+        f"the {what} died",
         why=f"{name}; {said}",
         fix="try --level 1; if it stays, report it with TensorRT's version",
     )

@@ -62,6 +62,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         for name, part in engines["parts"].items():
             sizes = f"{part['bytes'] / 1e6:.2f} MB, {part['memory'] / 1e6:.1f} MB a context"
             out.append(f"  {name}: {sizes}, batch {' / '.join(str(n) for n in part['profile'])}")
+            if part["timed"]:
+                out.append(f"    timed: {_join(part['timed'])}")
             if part["stripped"]:
                 out.append("    without weights; refedge build without --strip puts them in")
             out += [f"    {line}" for line in _layers(part["layers"])]
@@ -118,6 +120,11 @@ def _engines(file: Path, here: Target | None) -> dict[str, Any]:
                 "profile": spec.profile,
                 "layers": spec.layers,
                 "stripped": spec.stripped,
+                "timed": [
+                    f"{t.milliseconds:.3f} ms as {t.dialect}"
+                    + " (this one)" * (t.graph == spec.graph)
+                    for t in spec.timed
+                ],
             }
             for name, spec in record.parts.items()
         },

@@ -28,6 +28,10 @@ class Source:
     rest: str
     parts: Mapping[str, PartPlan]
 
+    def fuses(self, part: str) -> bool:
+        """Whether a part's graph has nodes for plugins."""
+        return any(f["operator"] and f.get("part", part) == part for f in self.dialect.fused)
+
     def int8(self, part: str) -> tuple[str, ...]:
         """Nodes that compute in integers."""
         return self.parts[part].int8 if part in self.parts else ()
@@ -62,12 +66,14 @@ def source_of(bundle: Bundle, plan: str, dialect: str, *, fused: str = "") -> So
     except BundleError as error:
         written = "fp16" if plan == "fp32" else plan
         data = " --data refshapes:calibration" if plan == "int8" else ""
-        command = f"refedge quantize {bundle.path.name} --plan {written}{data}"
+        held = [d.name for d in manifest.dialects if d.plan == written]
+        words = " ".join(f"--dialect {name}" for name in dict.fromkeys(["ort", *held, dialect]))
+        command = f"refedge quantize {bundle.path.name} --plan {written}{data} {words}"
         raise BundleError(
             error.code,
             error.what,
             why=error.why,
-            fix=f"where onnx is installed: {command} --dialect ort --dialect {dialect}",
+            fix=f"where onnx is installed: {command}",
         ) from error
     if plan == "fp32":
         return Source(bundle, found, "fp32", {})

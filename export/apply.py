@@ -59,5 +59,5 @@ def _add_dialect(writer: BundleWriter, bundle: Bundle, plan: Plan, name: str) ->
         if sidecar:
             files.append(f"{graphs[part]}.layers.json")
             writer.add(files[-1], sidecar)
-        fused += [asdict(f) for f in fusions]
+        fused += [{"part": part, **asdict(f)} for f in fusions]
     return DialectSpec(name, plan.name, graphs, tuple(files), tuple(fused))

@@ -89,9 +89,7 @@ def _copy_engine(bundle: Bundle, plan: str, part: str, version: Path, engines: s
             fix="build them on the server's machine: refedge build",
         )
     found = Engines(folder, decode_engines((folder / RECORD).read_bytes()))
-    dialect = bundle.dialect([found.record.dialect], plan)
-    graph = bundle.manifest.files[dialect.graphs[part]].sha256
-    (version / "model.plan").write_bytes(found.read(part, graph))
+    (version / "model.plan").write_bytes(found.read(part, found.graph(bundle, part)))
 
 
 def _model(name: str, platform: str, part: PartSpec) -> str:

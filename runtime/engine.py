@@ -59,6 +59,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """An engine that was built for a part and timed beside another one (``engines/race.py``).
+
+    dialect, graph: name, and SHA-256 of the graph file.
+    milliseconds:   median of a run at the usual shapes, inputs on the device.
+    """
+
+    dialect: str
+    graph: str
+    milliseconds: float
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """The engine of one part.
 
@@ -68,6 +81,7 @@ class EngineSpec:
     memory:  bytes of device memory that a context takes besides the weights.
     layers:  what the inspector said after the build (``docs/engines.md``); not needed to run.
     stripped: its weights were left out; it does not run until they are put in.
+    timed:   all that were built for the part, where one had to be chosen; this is the fastest.
     """
 
     file: str
@@ -78,12 +92,14 @@ class EngineSpec:
     memory: int
     layers: dict[str, Any] = field(default_factory=dict)
     stripped: bool = False
+    timed: tuple[Timed, ...] = ()
 
 
 @dataclass(frozen=True)
 class EngineSet:
     """The engines of one plan for one target.
 
+    dialect: whose graphs they were built from, but for parts where another one's was faster.
     bundle:  digest of the manifest of the bundle they were built from.
     plugins: libraries that must be loaded first: name to SHA-256.
     flags:   builder flags and options, as they were set.

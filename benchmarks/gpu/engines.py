@@ -18,11 +18,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from ...data.items import open_items
 from ...data.protocols import protocol_named
+from ...engines.race import noise
 from ...runtime.bundle import open_bundle
 from ...runtime.engine import FOLDER, RECORD, decode_engines
 from ...runtime.files import write_json
@@ -50,7 +48,7 @@ def times(segmenter: Segmenter, rounds: int) -> dict[str, Any]:
         part = segmenter._parts[spec.name]
         sizes = {t.name: tuple(1 if isinstance(d, str) else d for d in t.shape)
                  for t in spec.inputs}  # fmt: skip
-        inputs = {t.name: _values(sizes[t.name], t.dtype) for t in spec.inputs}
+        inputs = {t.name: noise(sizes[t.name], t.dtype) for t in spec.inputs}
         for _ in range(3):
             part.run(inputs)
         found[f"{spec.name} run"] = [_clock(lambda: part.run(inputs)) for _ in range(rounds)]  # noqa: B023
@@ -58,16 +56,6 @@ def times(segmenter: Segmenter, rounds: int) -> dict[str, Any]:
         if alone is not None:
             found[f"{spec.name} alone"] = [_clock(alone) for _ in range(rounds)]
     return {name: _short(samples) for name, samples in found.items()}
-
-
-def _values(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    """Noise, since zeros can run faster than data; every word counts, ids and indices are 0."""
-    noise = np.random.default_rng(0)
-    if dtype in ("int32", "bool"):
-        return np.full(shape, dtype == "bool", dtype)
-    return (255 * noise.random(shape) if dtype == "uint8" else noise.normal(size=shape)).astype(
-        dtype
-    )
 
 
 def _clock(run: Any) -> float:
@@ -101,23 +89,29 @@ def measure(
     items = open_items("refshapes:test", manifest.preprocess, rules, limit=scenes)
     scored = evaluate({"fp32": reference, plan: found}, items, rules, "refshapes:test")
     files = found.manifest.files
+    graphs = {part: files[f].sha256 for part, f in found.dialect.graphs.items()}
     return {
         "backend": found.backend.name,
         "build_s": seconds,
-        "graphs": {part: files[f].sha256 for part, f in found.dialect.graphs.items()},
-        "findings": {} if dry else _findings(bundle, plan),
+        **({"graphs": graphs, "findings": {}, "timed": {}} if dry else _built(bundle, plan)),
         "accuracy": scored.record()["plans"],
         "milliseconds": times(found, rounds),
     }
 
 
-def _findings(bundle: Path, plan: str) -> dict[str, Any]:
-    """Where the engines' layers differ from the plan, by part."""
+def _built(bundle: Path, plan: str) -> dict[str, Any]:
+    """By part: the graph, where the layers differ from the plan, milliseconds by dialect."""
     from ...runtime.backends.tensorrt import this_target
 
     record = bundle / FOLDER / this_target().name / plan / RECORD
     parts = decode_engines(record.read_bytes()).parts
-    return {name: spec.layers.get("findings", []) for name, spec in parts.items()}
+    return {
+        "graphs": {name: spec.graph for name, spec in parts.items()},
+        "findings": {name: spec.layers.get("findings", []) for name, spec in parts.items()},
+        "timed": {
+            name: {t.dialect: t.milliseconds for t in spec.timed} for name, spec in parts.items()
+        },
+    }
 
 
 def main(folder: str, out: str, *options: str) -> int:

@@ -20,6 +20,13 @@ class Engines:
     folder: Path
     record: EngineSet
 
+    def graph(self, bundle: Bundle, part: str) -> str:
+        """SHA-256 of what the engine of a part should be built from: of the dialect that won."""
+        spec = self.record.parts.get(part)
+        won = [] if spec is None else [t.dialect for t in spec.timed if t.graph == spec.graph]
+        dialect = bundle.dialect([*won, self.record.dialect], self.record.plan)
+        return bundle.manifest.files[dialect.graphs[part]].sha256
+
     def read(self, part: str, graph: str) -> bytes:
         """An engine whose size and SHA-256 are the record's, built from a graph of that SHA-256."""
         spec = self.record.parts.get(part)

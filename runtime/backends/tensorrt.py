@@ -15,7 +15,7 @@ import functools
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +32,7 @@ from ..manifest import PartSpec
 from . import probe
 from .bindings import new_log, open_tensorrt
 from .cuda import Block, Cuda, Graph, target_for
-from .engine_files import Engines, find_engines
+from .engine_files import find_engines
 from .protocol import Arrays
 from .tensors import DeviceArray, Place
 
@@ -88,23 +88,43 @@ class TensorRTBackend:
             probe.require(bundle.path, plan, self._engines.record.digest)
         self._cuda = Cuda()
         self._scratch = _Scratch(self._cuda)
-        _load_plugins(self._engines)
+        record = self._engines.record.plugins
+        fresh = {n: sha256 for n, sha256 in record.items() if sha256 not in _plugins}
+        _load_plugins({self._engines.plugin(n): sha256 for n, sha256 in fresh.items()})
         self._made = {t.name for part in bundle.manifest.parts for t in part.outputs}
 
     def dialects(self, plan: str) -> Sequence[str]:
-        """The one that the engines were built from."""
+        """The one that the engines were built from; single parts may be of another."""
         return [self._engines.record.dialect]
 
     def load(self, graph: Path, part: PartSpec) -> TensorRTPart:
-        """Deserialise the engine of a graph and check it against the part's specification."""
-        files = self._bundle.manifest.files
-        sha256 = files[graph.relative_to(self._bundle.path).as_posix()].sha256
-        data = self._engines.read(part.name, sha256)
+        """Deserialise the engine of a part and check it against the part's specification.
+
+        The graph is that of the dialect or of another one, as the record says.
+        """
+        data = self._engines.read(part.name, self._engines.graph(self._bundle, part.name))
         spec = self._engines.record.parts[part.name]
         with self._cuda.current(f"load the part {part.name}"):
             versions = bool(self._engines.record.flags.get("versions"))
             engine = _deserialise(data, spec, host_code=versions)
             return TensorRTPart(self._cuda, self._scratch, engine, part, spec, self._made)
+
+
+def open_part(
+    data: bytes,
+    spec: EngineSpec,
+    part: PartSpec,
+    made: set[str],
+    *,
+    plugins: Mapping[Path, str],
+    host_code: bool,
+) -> TensorRTPart:
+    """An engine that no record names yet, for whoever built it; arguments as below."""
+    _load_plugins({p: sha256 for p, sha256 in plugins.items() if sha256 not in _plugins})
+    cuda = Cuda()
+    with cuda.current(f"load the part {part.name}"):
+        engine = _deserialise(data, spec, host_code=host_code)
+        return TensorRTPart(cuda, _Scratch(cuda), engine, part, spec, made)
 
 
 class TensorRTPart:
@@ -294,11 +314,10 @@ def _deserialise(data: bytes, spec: EngineSpec, *, host_code: bool) -> _Engine:
     return held
 
 
-def _load_plugins(engines: Engines) -> None:
+def _load_plugins(fresh: Mapping[Path, str]) -> None:
     trt, logger = tensorrt()
-    fresh = {n: h for n, h in engines.record.plugins.items() if h not in _plugins}
     logger.take()
-    handles = register(trt, {engines.plugin(n): h for n, h in fresh.items()}, logger.lines)
+    handles = register(trt, fresh, logger.lines)
     _plugins.update(zip(fresh.values(), handles, strict=True))
 
 

@@ -14,13 +14,16 @@ from typing import Any
 
 import msgspec
 import pytest
+from refedge.calibration.quantize import quantize
 from refedge.engines import build as module
 from refedge.engines.build import build
 from refedge.engines.inspect import inspect_bundle, lines
 from refedge.engines.part import Options, PartResult, PartTask
+from refedge.engines.race import RaceTask
 from refedge.engines.source import profile_of, shapes_of, source_of
 from refedge.engines.trtexec import trtexec_lines
 from refedge.errors import BundleError, EngineError, InputError
+from refedge.runtime.backends.engine_files import Engines
 from refedge.runtime.bundle import open_bundle
 from refedge.runtime.engine import Target, decode_engines
 from refedge.runtime.manifest import Manifest, PartSpec, TensorSpec
@@ -44,7 +47,8 @@ class Builder:
         if task.part == self.fails_at:
             raise EngineError("engine-memory", "too little", why="so", fix="more")
         self.tasks.append(task)
-        Path(task.engine).write_bytes(f"engine of {task.part}".encode())
+        fused = "with a plugin " if Path(task.graph).name.split(".")[1].count("-") else ""
+        Path(task.engine).write_bytes(f"engine {fused}of {task.part}".encode())
         return PartResult(1000, self.inspector)
 
     def parts(self) -> list[str]:
@@ -396,6 +400,114 @@ def test_a_plugin_takes_the_graphs_with_fused_nodes(quantized: Path) -> None:
     assert source_of(opened, "int8", "trt10", fused="plugin").dialect == fused
     assert source_of(opened, "int8", "trt10", fused="quick").dialect == plain
     assert source_of(opened, "int8", "trt10").dialect == plain
+
+
+class Race:
+    """In place of the process that times: what it says, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.spent = (1.0, 2.0)
+        self.tasks: list[RaceTask] = []
+
+    def __call__(self, task: RaceTask, say: Any) -> tuple[float, ...]:
+        self.tasks.append(task)
+        for file, spec in task.engines:
+            assert hashlib.sha256(Path(file).read_bytes()).hexdigest() == spec.sha256
+        return self.spent
+
+
+@pytest.fixture
+def racer(monkeypatch: pytest.MonkeyPatch) -> Race:
+    made = Race()
+    monkeypatch.setattr(module, "_against_each_other", made)
+    return made
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    (tmp_path / "librefedge.so").write_bytes(b"code")
+    return tmp_path / "librefedge.so"
+
+
+@pytest.fixture(params=["trt10-plugin", "trt10-quick"])
+def way(request: pytest.FixtureRequest, library: Path) -> tuple[str, dict[str, Any]]:
+    """A dialect with plugins and what a build with them is asked."""
+    if request.param == "trt10-quick":
+        return request.param, {"options": Options(level=1, quick=True)}
+    return request.param, {"options": Options(level=1), "plugins": [library]}
+
+
+def test_the_plugin_is_kept_only_where_it_is_faster(
+    way: tuple[str, dict[str, Any]], own_bundle: Path, builder: Builder, racer: Race
+) -> None:
+    name, asked = way
+    quantize(own_bundle, "fp16", dialects=["ort", "trt10", name])
+    opened = open_bundle(own_bundle)
+    dialects = [opened.dialect([d], "fp16") for d in (name, "trt10")]
+    fused, plain = (opened.manifest.files[d.graphs["mask"]].sha256 for d in dialects)
+    folder = own_bundle / "engines" / HERE.name / "fp16"
+    for spent, graph, says in (
+        ((1.0, 2.0), fused, b"engine with a plugin of mask"),
+        ((2.0, 1.0), plain, b"engine of mask"),
+        ((1.0, 1.0), fused, b"engine with a plugin of mask"),
+    ):
+        racer.spent = spent
+        shutil.rmtree(folder, ignore_errors=True)
+        record = run(own_bundle, "fp16", **asked)
+        # words do not meet pixels in the text part: its graph has no node for a plugin
+        assert builder.parts() == ["text", "mask", "mask"]
+        mask = record.parts["mask"]
+        assert (record.dialect, mask.graph) == (name, graph)
+        assert [(t.dialect, t.graph) for t in mask.timed] == [(name, fused), ("trt10", plain)]
+        assert tuple(t.milliseconds for t in mask.timed) == spent
+        assert record.parts["text"].timed == ()
+        assert sorted(p.name for p in folder.glob("*.engine*")) == ["mask.engine", "text.engine"]
+        engines = Engines(folder, decode_engines((folder / "engines.json").read_bytes()))
+        assert engines.read("mask", engines.graph(opened, "mask")) == says
+        assert (
+            engines.read("text", engines.graph(opened, "text")) == b"engine with a plugin of text"
+        )
+        text = "\n".join(lines(inspect_bundle(own_bundle)))
+        kept = name if graph == fused else "trt10"
+        assert f"ms as {kept} (this one)" in text
+        run(own_bundle, "fp16", **asked)
+        assert builder.parts() == []
+    (task, *_) = racer.tasks
+    assert task.shapes["pixels"][1] == (1, 96, 96, 3)
+    assert set(task.made) >= {t.name for t in task.part.inputs if t.name not in ("pixels", "words")}
+    assert len(task.plugins) == len(asked.get("plugins", ()))
+
+
+def test_without_a_race_the_plugin_is_kept(
+    own_bundle: Path, builder: Builder, racer: Race, library: Path
+) -> None:
+    quantize(own_bundle, "fp16", dialects=["ort", "trt10", "trt10-plugin"])
+    racer.spent = (2.0, 1.0)
+    asked: dict[str, Any] = {"plugins": [library]}
+    run(own_bundle, "fp16", **asked)
+    builder.parts()
+    record = run(own_bundle, "fp16", race=False, **asked)
+    assert builder.parts() == ["mask"]  # the plain one is there
+    assert record.parts["mask"].timed == ()
+    run(own_bundle, "fp16", **asked)
+    assert builder.parts() == ["mask", "mask"]
+    assert len(racer.tasks) == 2
+    with pytest.raises(EngineError) as caught:
+        run(own_bundle, "fp16", options=Options(strip=True), **asked)
+    assert caught.value.code == "engine-option"
+    run(own_bundle, "fp16", race=False, options=Options(strip=True), **asked)
+    run(own_bundle, "fp16", race=False, **asked)
+    assert [bool(t.stripped) for t in builder.tasks] == [False, False, True, True]
+
+
+def test_a_race_needs_both_graphs(own_bundle: Path, builder: Builder, library: Path) -> None:
+    quantize(own_bundle, "fp16", dialects=["ort", "trt10-plugin"])
+    with pytest.raises(BundleError) as caught:
+        run(own_bundle, "fp16", plugins=[library])
+    assert "--dialect ort --dialect trt10-plugin --dialect trt10" in caught.value.fix
+    assert builder.tasks == []
+    run(own_bundle, "fp16", plugins=[library], race=False)
+    assert builder.parts() == ["text", "mask"]
 
 
 def test_ahead_of_time_plugins_are_asked_for(board: Path, builder: Builder) -> None:

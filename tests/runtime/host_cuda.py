@@ -14,6 +14,8 @@ from refedge.runtime.backends.cuda import Block, Device, Pinned
 class HostCuda:
     """As ``runtime.backends.cuda.Cuda``; ``moved`` counts bytes by direction."""
 
+    stream = 7
+
     def __init__(self, *, integrated: bool = False) -> None:
         self.device = Device("Host", 0, "0.0", 1 << 30, integrated)
         self.moved = {"up": 0, "down": 0, "copy": 0}
