@@ -46,7 +46,7 @@ from .layers import Inspection, inspect_layers, read_layers, require_plan
 from .part import Options, PartResult, PartTask, Shapes
 from .race import RaceResult, RaceTask
 from .refusals import no_memory
-from .source import Source, profile_of, shapes_of, source_of
+from .source import Source, profile_of, shapes_of, sizes_of, source_of
 from .tensorrt import dialect_of
 
 _LINES = 30  # of a process that died
@@ -114,7 +114,7 @@ def build(
                 for one in (sources if source.fuses(part.name) else [source])
             }
             done = record.parts.get(part.name)
-            if done is not None and not _fits(done, set(ways), profile_of(part, batches)):
+            if done is not None and not work.fits(done, part, set(ways)):
                 done = None
             if done is not None and done.stripped == options.strip:
                 say(f"{part.name}: kept, its engine is up to date")
@@ -190,9 +190,16 @@ class _Work:
             "" if done is None else str(self.folder / done.file),
         )
         result = _in_a_process(task, self.say)
-        size, sha256, profile = file.stat().st_size, sha256_of(file), profile_of(part, self.batches)
-        name, stripped = f"{part.name}.engine", self.options.strip
-        spec = EngineSpec(name, graph, size, sha256, profile, result.memory, stripped=stripped)
+        spec = EngineSpec(
+            f"{part.name}.engine",
+            graph,
+            file.stat().st_size,
+            sha256_of(file),
+            profile_of(part, self.batches),
+            result.memory,
+            stripped=self.options.strip,
+            largest=self.largest(part),
+        )
         return file, spec, result
 
     def race(
@@ -220,15 +227,21 @@ class _Work:
     def _plugins(self) -> dict[str, str]:
         return {str(self.folder / name): sha256 for name, sha256 in self.libraries.items()}
 
+    def fits(self, done: EngineSpec, part: PartSpec, graphs: set[str]) -> bool:
+        """Whether an engine is what a build of these graphs would give."""
+        chosen = {t.graph for t in done.timed} if len(graphs) > 1 else {done.graph}
+        sizes = (profile_of(part, self.batches), self.largest(part))
+        return (done.profile, done.largest) == sizes and chosen == graphs
+
+    def largest(self, part: PartSpec) -> dict[str, int]:
+        """By the symbol of a dynamic dimension."""
+        profile = profile_of(part, self.batches)
+        sizes = sizes_of(self.bundle.manifest, part, profile, self.batches)
+        return {symbol: size[2] for symbol, size in sizes.items()}
+
     def _shapes(self, part: PartSpec) -> Shapes:
         profile = profile_of(part, self.batches)
         return shapes_of(self.bundle.manifest, part, profile, self.batches)
-
-
-def _fits(done: EngineSpec, graphs: set[str], profile: tuple[int, int, int]) -> bool:
-    """Whether an engine is what a build of these graphs would give."""
-    chosen = {t.graph for t in done.timed} if len(graphs) > 1 else {done.graph}
-    return done.profile == profile and chosen == graphs
 
 
 def _require_weights(options: Options) -> None:
@@ -288,7 +301,7 @@ def _copied(library: Path, folder: Path) -> str:
 
 @contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """One build at a time per target; the kernel takes the lock from a process that is gone."""
+    """One build at a time per target; the kernel takes the lock from processes that are gone."""
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -303,6 +316,7 @@ def _only_one(path: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        os.set_inheritable(file.fileno(), True)  # a builder that outlives this process keeps it
         yield
 
 
@@ -333,7 +347,12 @@ def _alone(
         command = [sys.executable, "-m", f"refedge.engines.{module}", str(asked), str(answer)]
         lines: list[str] = []
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            close_fds=False,  # the lock goes along (``_only_one``); nothing else is inheritable
         ) as process:
             for line in process.stdout or ():
                 lines = [*lines[1 - _LINES :], line.rstrip()]

@@ -10,6 +10,7 @@ TensorRT, msgspec.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..errors import EngineError, RefedgeError
-from ..runtime.backends.bindings import last_words, new_log, open_tensorrt
+from ..runtime.backends.bindings import last_words, new_log, new_runtime, open_tensorrt
 from ..runtime.files import write_atomically
 from .progress import new_progress
 from .refit import filled
@@ -241,7 +242,7 @@ def _timing_cache(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
 
 def _inspect(trt: Any, logger: Any, data: bytes, task: PartTask) -> tuple[int, str]:
     """Device memory of a context, and the inspector's JSON at the usual shapes."""
-    runtime = trt.Runtime(logger)
+    runtime = new_runtime(trt, logger)
     if task.options.versions:
         runtime.engine_host_code_allowed = True  # written by ourselves a moment ago
     engine = runtime.deserialize_cuda_engine(data)
@@ -284,3 +285,6 @@ def main(task_file: str, result_file: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written: what TensorRT does while a process ends says nothing of it

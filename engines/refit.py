@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError
-from ..runtime.backends.bindings import last_words
+from ..runtime.backends.bindings import last_words, new_runtime
 from .refusals import not_built, not_refitted
 
 
@@ -30,7 +30,7 @@ def filled(
             why="that came with TensorRT 10",
             fix="build the engines here: take the stripped ones away first",
         )
-    runtime = trt.Runtime(logger)
+    runtime = new_runtime(trt, logger)
     runtime.engine_host_code_allowed = host_code
     engine = runtime.deserialize_cuda_engine(stripped.read_bytes())
     if engine is None:

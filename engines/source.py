@@ -97,10 +97,10 @@ def profile_of(part: PartSpec, batches: Path | None) -> Profile:
     return 1, max(seen, key=lambda size: (seen[size], size)), max(seen)
 
 
-def shapes_of(
+def sizes_of(
     manifest: Manifest, part: PartSpec, profile: Profile, batches: Path | None = None
-) -> Shapes:
-    """Least, usual and largest shape of every input with a dynamic dimension.
+) -> dict[str, Profile]:
+    """Least, usual and largest of each dynamic dimension of a part, by its symbol.
 
     ``batch`` counts expressions (pictures in the image part), ``images`` the pictures that a mask
     part's expressions are about: usually one, at most the image part's largest batch.
@@ -110,6 +110,14 @@ def shapes_of(
     if image is not None:
         pictures = profile_of(image, batches)
         sizes["images"] = pictures if part.name == "image" else (1, 1, pictures[2])
+    return sizes
+
+
+def shapes_of(
+    manifest: Manifest, part: PartSpec, profile: Profile, batches: Path | None = None
+) -> Shapes:
+    """Least, usual and largest shape of every input with a dynamic dimension."""
+    sizes = sizes_of(manifest, part, profile, batches)
     shapes: Shapes = {}
     for tensor in part.inputs:
         if any(isinstance(d, str) for d in tensor.shape):

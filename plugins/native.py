@@ -24,6 +24,7 @@ _HERE = Path(__file__).parent
 _TABLE = _HERE / "kernels" / "cubins.json"
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-s", "-fvisibility=hidden", "-fno-gnu-unique")
 _OLDEST = (8, 6)
+_ENTERS = "REFEDGE_PLUGINS_REGISTER"  # a library that is opened with it registers by itself, too
 
 
 def build(folder: Path, headers: Path | None = None, compiler: str = "g++") -> Path:
@@ -135,19 +136,22 @@ def register(trt: Any, libraries: Mapping[Path, str], said: Iterable[str] = ()) 
                 why=f"its SHA-256 starts {found[:12]}, that of the record {sha256[:12]}",
                 fix="build the engines again with the library that you want",
             )
-        why = ""
+        why, asked = "", os.environ.pop(_ENTERS, None)
         try:
             # 8.6 returns None for a library that it refuses, 10 raises
             handle = trt.get_plugin_registry().load_library(str(path.resolve()))
         except RuntimeError as error:
             handle, why = None, str(error)
+        finally:
+            if asked is not None:
+                os.environ[_ENTERS] = asked
         if handle is None:
             raise EngineError(
                 "plugin-refused",
                 f"TensorRT {trt.__version__} cannot load the plugin library {path.name}",
                 why=" | ".join([*said][-3:]) or why or "it gave no reason",
-                fix="build it on this machine with its own TensorRT's headers: "
-                "refedge plugin build",
+                fix="build it on this machine with its own TensorRT's headers: refedge plugin "
+                "build; a process takes one such library, the same for all its engines",
             )
         handles.append(handle)
     return handles

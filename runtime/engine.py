@@ -78,6 +78,7 @@ class EngineSpec:
     file:    its name beside the record.
     graph:   SHA-256 of the dialect's graph file that it was built from.
     profile: the least, usual and largest batch, as in the manifest, or as it was built.
+    largest: largest size of each dynamic dimension, by its symbol; the profile's where it is not.
     memory:  bytes of device memory that a context takes besides the weights.
     layers:  what the inspector said after the build (``docs/engines.md``); not needed to run.
     stripped: its weights were left out; it does not run until they are put in.
@@ -93,6 +94,7 @@ class EngineSpec:
     layers: dict[str, Any] = field(default_factory=dict)
     stripped: bool = False
     timed: tuple[Timed, ...] = ()
+    largest: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def run(engine: bytes, data: dict[str, npt.NDArray[Any]]) -> list[dict[str, npt.
         for name in names:
             array = data[name] if name in data else data[f"expect_{name}"]
             spec = TensorSpec(name, array.dtype.name, array.shape)
-            places[name] = Place(cuda, spec, 1, host=True)
+            places[name] = Place(cuda, spec, {}, host=True)
             if not context.set_tensor_address(name, places[name].address):
                 raise RuntimeError(logger.take())
         outputs = [n for n in names if n not in data]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BackendError
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 _KEPT = 200  # lines of TensorRT's log
 _SAID = 4  # of them in an error
@@ -47,6 +50,20 @@ def new_log(trt: Any) -> Any:
             return said
 
     return Log()
+
+
+def new_runtime(trt: Any, logger: Any) -> trt.Runtime:
+    """What loads engines; raises BackendError ``backend-refused``."""
+    try:
+        return trt.Runtime(logger)
+    except TypeError as error:  # the bindings' word for a null pointer
+        raise BackendError(
+            "backend-refused",
+            f"TensorRT {trt.__version__} cannot start here",
+            why=last_words(logger.lines),
+            fix="refedge doctor: the driver must be new enough for this TensorRT's CUDA, and the "
+            "GPU free",
+        ) from error
 
 
 def last_words(lines: Iterable[str]) -> str:

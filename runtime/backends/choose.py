@@ -34,8 +34,9 @@ def choose_backend(
     if name == "auto" and built and dialect is None:
         try:
             return _tensorrt(bundle, plan)
-        except BackendError:
-            pass  # no TensorRT, or no GPU
+        except BackendError as error:
+            if error.code not in ("backend-missing", "cuda-missing"):
+                raise
         except EngineError as error:
             if error.code != "engine-target":
                 raise

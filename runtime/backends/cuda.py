@@ -11,10 +11,10 @@ with integrated memory, what the host writes and reads is page-locked and mapped
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
@@ -32,6 +32,10 @@ _OUT_OF_MEMORY = 2
 _INTEGRATED, _MAJOR, _MINOR = 18, 75, 76  # CUdevice_attribute
 _STEP = 2 << 20  # bytes
 _THREAD_LOCAL = 1  # CUstreamCaptureMode: what other threads do is not captured
+# while an ordinary stream is captured, no thread may use the legacy stream, and TensorRT's loading
+# does (CUDA driver API, cuStreamIsCapturing); what is put on this kind is not bound to that one
+_NON_BLOCKING = 1  # CUstream_flags
+_LOCK = threading.RLock()
 _SIGNATURES: dict[str, list[Any]] = {
     "cuInit": [c_uint],
     "cuDriverGetVersion": [POINTER(c_int)],
@@ -193,10 +197,15 @@ class _Process:
                 "is too old for this pycuda",
             ) from error
         self.driver = pycuda.driver
-        self.driver.init()
-        self.context = self.driver.Device(0).retain_primary_context()
-        # left to its destructor, pycuda detaches a primary context as if it had made it
-        atexit.register(self.context.detach)
+        try:
+            self.driver.init()
+            self.context = self.driver.Device(0).retain_primary_context()
+        except self.driver.Error as error:
+            memory = isinstance(error, self.driver.MemoryError)
+            raise failed(str(error), "open the GPU", memory=memory) from error
+        # never released: TensorRT's objects and graphs may be destroyed at the very end, when the
+        # context has to be there. It ends with the process, and so does what the pools hold
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
         self.pools: dict[tuple[str, int], list[Any]] = {}
 
     def free(self, kind: str, size: int, make: Callable[[], Any]) -> tuple[Any, list[Any]]:
@@ -207,9 +216,13 @@ class _Process:
         try:
             return make(), pool
         except self.driver.MemoryError:
-            for other in self.pools.values():
-                other.clear()
+            self.trim()
             return make(), pool
+
+    def trim(self) -> None:
+        """Give the driver back what is free; the context must be current."""
+        for pool in self.pools.values():
+            pool.clear()
 
 
 @functools.cache
@@ -217,15 +230,28 @@ def _process() -> _Process:
     return _Process()
 
 
+def trim() -> None:
+    """Give the driver back what this process holds and does not use, for whoever else needs it."""
+    if _process.cache_info().currsize:
+        process = _process()
+        process.context.push()
+        try:
+            process.trim()
+        finally:
+            process.driver.Context.pop()
+
+
 class Cuda:
     """A stream and its memory; one per backend. Enter ``current`` around everything."""
 
     def __init__(self) -> None:
-        self.device = device()
-        self._process = _process()
+        with _LOCK:
+            self.device = device()
+            self._process = _process()
         self._driver = self._process.driver
+        make = functools.partial(self._driver.Stream, _NON_BLOCKING)
         with self.current("make a stream"):
-            self._stream, self._streams = self._process.free("stream", 0, self._driver.Stream)
+            self._stream, self._streams = self._process.free("stream", 0, make)
 
     def __del__(self) -> None:
         if hasattr(self, "_streams"):

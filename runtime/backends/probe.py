@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...errors import BackendError, EngineError, RefedgeError
+from ...errors import BackendError, BundleError, EngineError, RefedgeError
 
 _SECONDS = 600
 _REFUSED = 3  # exit code: the last line is an error of ours
@@ -48,7 +48,7 @@ def try_in_child(command: Sequence[str], seconds: float = _SECONDS) -> None:
         raise _crash(f"it did not end within {seconds:g} s") from error
     if done.returncode == _REFUSED:
         said = json.loads(done.stdout.splitlines()[-1])
-        kind = EngineError if said["code"].startswith("engine") else BackendError
+        kind = {e.__name__: e for e in (BackendError, BundleError)}.get(said["kind"], EngineError)
         raise kind(said["code"], said["what"], why=said["why"], fix=said["fix"])
     if done.returncode < 0:
         raise _crash(f"it died of {signal.Signals(-done.returncode).name}", done.stderr)
@@ -74,7 +74,7 @@ def main(bundle: str, plan: str) -> int:
             backend.load(opened.file(dialect.graphs[part.name]), part).run(zeros)
     except RefedgeError as error:
         said = {key: getattr(error, key) for key in ("code", "what", "why", "fix")}
-        print(json.dumps(said))
+        print(json.dumps({"kind": type(error).__name__, **said}))
         return _REFUSED
     return 0
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -30,8 +31,8 @@ from ..bundle import Bundle
 from ..engine import EngineSpec, Target
 from ..manifest import PartSpec
 from . import probe
-from .bindings import new_log, open_tensorrt
-from .cuda import Block, Cuda, Graph, target_for
+from .bindings import new_log, new_runtime, open_tensorrt
+from .cuda import Block, Cuda, Graph, target_for, trim
 from .engine_files import find_engines
 from .protocol import Arrays
 from .tensors import DeviceArray, Place
@@ -49,17 +50,24 @@ _DTYPES = {
 }
 _ALIGNED = 256  # bytes, as cuMemAlloc aligns
 _SHAPES = 16  # that a part keeps a context and a graph for
+_TRIES = 2  # to capture a graph: what another thread does may end a capture
+_LOCK = threading.RLock()  # of what all segmenters of a process share
 _NO_PLUGIN = re.compile(r"plugin.*not found|(could not|cannot) find plugin", re.I | re.S)
 
 Shapes = tuple[tuple[int, ...], ...]
 
 
-@functools.cache
 def tensorrt() -> tuple[Any, Any]:
     """The module and this process's logger, which keeps warnings and errors for our own.
 
     Raises BackendError ``backend-missing``.
     """
+    with _LOCK:  # TensorRT keeps the first logger: there must not be two
+        return _opened()
+
+
+@functools.cache
+def _opened() -> tuple[Any, Any]:
     trt = open_tensorrt()
     logger = new_log(trt)
     trt.init_libnvinfer_plugins(logger, "")
@@ -85,12 +93,12 @@ class TensorRTBackend:
         self._engines = find_engines(bundle, plan, this_target())
         self._bundle = bundle
         if not trusted:
+            trim()  # the child needs room, too
             probe.require(bundle.path, plan, self._engines.record.digest)
         self._cuda = Cuda()
         self._scratch = _Scratch(self._cuda)
-        record = self._engines.record.plugins
-        fresh = {n: sha256 for n, sha256 in record.items() if sha256 not in _plugins}
-        _load_plugins({self._engines.plugin(n): sha256 for n, sha256 in fresh.items()})
+        plugins = self._engines.record.plugins
+        _load_plugins({self._engines.plugin(n): sha256 for n, sha256 in plugins.items()})
         self._made = {t.name for part in bundle.manifest.parts for t in part.outputs}
 
     def dialects(self, plan: str) -> Sequence[str]:
@@ -120,7 +128,7 @@ def open_part(
     host_code: bool,
 ) -> TensorRTPart:
     """An engine that no record names yet, for whoever built it; arguments as below."""
-    _load_plugins({p: sha256 for p, sha256 in plugins.items() if sha256 not in _plugins})
+    _load_plugins(plugins)
     cuda = Cuda()
     with cuda.current(f"load the part {part.name}"):
         engine = _deserialise(data, spec, host_code=host_code)
@@ -145,9 +153,11 @@ class TensorRTPart:
         _check(engine.engine, part, spec)
         self.largest = spec.profile[2]
         self._cuda, self._scratch, self._engine, self._name = cuda, scratch, engine, part.name
-        self._inputs = [Place(cuda, t, self.largest, t.name not in made) for t in part.inputs]
+        named = {d for t in (*part.inputs, *part.outputs) for d in t.shape if isinstance(d, str)}
+        sizes = {**dict.fromkeys(named, self.largest), **spec.largest}
+        self._inputs = [Place(cuda, t, sizes, t.name not in made) for t in part.inputs]
         self._to_host = part.name == "mask"  # the last part; what the others give stays
-        self._outputs = [Place(cuda, t, self.largest, self._to_host) for t in part.outputs]
+        self._outputs = [Place(cuda, t, sizes, self._to_host) for t in part.outputs]
         self._held: OrderedDict[Shapes, _Ready] = OrderedDict()
         scratch.reserve(engine.scratch)
 
@@ -165,7 +175,7 @@ class TensorRTPart:
             if self._to_host:
                 pairs = zip(self._outputs, ready.outputs, strict=True)
                 found = {place.name: place.read(shape) for place, shape in pairs}
-            if not ready.tried:
+            if ready.graph is None and ready.tries < _TRIES:
                 self._capture(ready)
         return found
 
@@ -193,11 +203,17 @@ class TensorRTPart:
     def _prepare(self, shapes: Shapes) -> _Ready:
         """A context of its own for these shapes."""
         context = self._engine.context()
+        if context is None:
+            trim()
+            context = self._engine.context()
         if context is not None and context.active_optimization_profile < 0:
             # 8.6 lends a profile to one context only, unless it was built to share
-            del context
-            self._held.clear()
-            context = self._engine.context()
+            if context.set_optimization_profile_async(0, self._cuda.stream):
+                self._cuda.wait()
+            else:
+                del context
+                self._held.clear()
+                context = self._engine.context()
         if context is None:
             raise _refused(self._name, "make an execution context")
         self._scratch.give(context)
@@ -218,12 +234,13 @@ class TensorRTPart:
 
     def _capture(self, ready: _Ready) -> None:
         """A graph of what has just run; where that fails, runs stay as they are."""
-        ready.tried = True
+        ready.tries += 1
         try:
             ready.graph = Graph(self._cuda.stream, lambda: self._enqueue(ready.context))
         except (BackendError, EngineError) as error:
-            message = f"the part {self._name} runs without a CUDA graph: {error.why}"
-            warnings.warn(message, RefedgeWarning, stacklevel=3)
+            if ready.tries == _TRIES:
+                message = f"the part {self._name} runs without a CUDA graph: {error.why}"
+                warnings.warn(message, RefedgeWarning, stacklevel=3)
 
     def _leave(self, shapes: Shapes) -> dict[str, npt.NDArray[np.generic]]:
         """Outputs copied to device memory of their own, since the next run writes over them."""
@@ -245,7 +262,7 @@ class _Ready:
     context: trt.IExecutionContext
     outputs: Shapes
     graph: Graph | None = None
-    tried: bool = False
+    tries: int = 0
 
 
 class _Scratch:
@@ -294,31 +311,40 @@ def _deserialise(data: bytes, spec: EngineSpec, *, host_code: bool) -> _Engine:
     trt, logger = tensorrt()
     # 8.6 lends an engine's profile to one context only
     shared = hasattr(trt, "ExecutionContextAllocationStrategy")
-    held = _engines.get(spec.sha256) if shared else None
-    if held is None:
-        logger.take()
-        runtime = trt.Runtime(logger)
-        runtime.engine_host_code_allowed = host_code
-        engine = runtime.deserialize_cuda_engine(data)
-        if engine is None:
-            why = logger.take()
-            plugin = _NO_PLUGIN.search(why) is not None
-            raise EngineError(
-                "engine-plugin" if plugin else "engine-refused",
-                f"TensorRT {trt.__version__} cannot load {spec.file}",
-                why=why,
-                fix="build the engines again: refedge build"
-                + (", so that the record names the plugin's library" if plugin else ""),
-            )
-        held = _engines[spec.sha256] = _Engine(runtime, engine)
-    return held
+    with _LOCK:
+        held = _engines.get(spec.sha256) if shared else None
+        if held is None:
+            logger.take()
+            runtime = new_runtime(trt, logger)
+            runtime.engine_host_code_allowed = host_code
+            engine = runtime.deserialize_cuda_engine(data)
+            if engine is None:  # for want of memory, perhaps
+                trim()
+                engine = runtime.deserialize_cuda_engine(data)
+            if engine is None:
+                raise _not_loaded(trt, spec, logger.take())
+            held = _engines[spec.sha256] = _Engine(runtime, engine)
+        return held
 
 
-def _load_plugins(fresh: Mapping[Path, str]) -> None:
+def _not_loaded(trt: Any, spec: EngineSpec, why: str) -> EngineError:
+    plugin = _NO_PLUGIN.search(why) is not None
+    return EngineError(
+        "engine-plugin" if plugin else "engine-refused",
+        f"TensorRT {trt.__version__} cannot load {spec.file}",
+        why=why,
+        fix="build the engines again: refedge build"
+        + (", so that the record names the plugin's library" if plugin else ""),
+    )
+
+
+def _load_plugins(libraries: Mapping[Path, str]) -> None:
     trt, logger = tensorrt()
-    logger.take()
-    handles = register(trt, fresh, logger.lines)
-    _plugins.update(zip(fresh.values(), handles, strict=True))
+    with _LOCK:
+        for path, sha256 in libraries.items():
+            if sha256 not in _plugins:
+                logger.take()
+                (_plugins[sha256],) = register(trt, {path: sha256}, logger.lines)
 
 
 def _check(engine: trt.ICudaEngine, part: PartSpec, spec: EngineSpec) -> None:

@@ -7,7 +7,7 @@ the segmenter and its cache handle the results of every backend alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -95,15 +95,16 @@ def _on_host(value: Any) -> Any:
 
 
 class Place:
-    """Where a tensor of a part lies: device memory for the largest batch, and its host side.
+    """Where a tensor of a part lies: device memory for the largest sizes, and its host side.
 
+    sizes: the largest of each dynamic dimension, by its symbol.
     On a board with integrated memory what the host writes or reads is one and the same memory.
     """
 
-    def __init__(self, cuda: Cuda, spec: TensorSpec, largest: int, host: bool) -> None:
+    def __init__(self, cuda: Cuda, spec: TensorSpec, sizes: Mapping[str, int], host: bool) -> None:
         self.name, self.dtype = spec.name, np.dtype(spec.dtype)
-        self._cuda, self._spec, self._largest = cuda, spec, largest
-        size = self.nbytes(tuple(largest if isinstance(d, str) else d for d in spec.shape))
+        self._cuda, self._spec, self._sizes = cuda, spec, sizes
+        size = self.nbytes(tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape))
         self._size, self._mapped = size, host and cuda.device.integrated
         self._block = None if self._mapped else cuda.take(size)
 
@@ -126,14 +127,14 @@ class Place:
         shape = tuple(int(d) for d in value.shape)
         pairs = zip(shape, self._spec.shape, strict=False)
         fits = len(shape) == len(self._spec.shape) and all(
-            1 <= d <= self._largest if isinstance(s, str) else d == s for d, s in pairs
+            1 <= d <= self._sizes[s] if isinstance(s, str) else d == s for d, s in pairs
         )
         if not fits or value.dtype != self.dtype:
             raise EngineError(
                 "engine-shape",
                 f"{self.name} of the part {part!r} was given as {value.dtype} {list(shape)}",
-                why=f"the engine takes {self.dtype} {list(self._spec.shape)}, batches of 1 to "
-                f"{self._largest}",
+                why=f"the engine takes {self.dtype} {list(self._spec.shape)}, "
+                + ", ".join(f"{d} of 1 to {n}" for d, n in self._sizes.items()),
                 fix="give fewer at once, or build the engines for larger batches",
             )
         if isinstance(value, DeviceArray):

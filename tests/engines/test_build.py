@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +188,32 @@ def test_one_build_at_a_time(board: Path, builder: Builder) -> None:
         assert "4711" in caught.value.why
     run(board)  # the lock of a process that is gone is no lock
     assert builder.parts() == ["text", "mask"]
+
+
+def test_a_builder_that_outlives_its_parent_keeps_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 30 >/dev/null 2>&1 &\necho $!\n")  # what is left behind
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    said: list[str] = []
+    with module._only_one(tmp_path / "build.lock"), pytest.raises(EngineError, match="died"):
+        module._in_a_process(a_task(tmp_path), said.append)
+    with pytest.raises(EngineError) as caught, module._only_one(tmp_path / "build.lock"):
+        pass
+    assert caught.value.code == "engine-locked"
+    os.kill(int(said[0]), signal.SIGKILL)
+
+    def free() -> bool:
+        with contextlib.suppress(EngineError), module._only_one(tmp_path / "build.lock"):
+            return True
+        return False
+
+    until = time.monotonic() + 10
+    while not free() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert free(), "the lock of a process that is gone"
 
 
 def test_an_engine_that_is_not_the_plans_is_not_recorded(board: Path, builder: Builder) -> None:

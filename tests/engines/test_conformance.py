@@ -11,6 +11,7 @@ from .conformance import MODULES, ROOT
 
 PART = ROOT / "engines" / "part.py"
 BACKEND = ROOT / "runtime" / "backends" / "tensorrt.py"
+BINDINGS = ROOT / "runtime" / "backends" / "bindings.py"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -39,8 +40,8 @@ def test_the_builder_is_seen() -> None:
 
 def test_the_backend_is_seen() -> None:
     seen = conformance.uses(BACKEND)
+    assert ("", "Runtime") in conformance.uses(BINDINGS)
     for name in (
-        ("", "Runtime"),
         ("", "init_libnvinfer_plugins"),
         ("Runtime", "deserialize_cuda_engine"),
         ("ICudaEngine", "create_execution_context"),
@@ -53,6 +54,7 @@ def test_the_backend_is_seen() -> None:
         ("IExecutionContext", "device_memory"),
         ("IExecutionContext", "execute_async_v3"),
         ("IExecutionContext", "set_device_memory"),
+        ("IExecutionContext", "set_optimization_profile_async"),
         ("IExecutionContext", "set_tensor_address"),
     ):
         assert name in seen

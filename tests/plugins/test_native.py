@@ -167,12 +167,17 @@ class Registry:
         return self
 
     def load_library(self, path: str) -> None:
+        # a library that registers by itself would be refused for what it registered
+        assert "REFEDGE_PLUGINS_REGISTER" not in os.environ
         if self.raises:
             raise RuntimeError("no such symbol")
 
 
 @pytest.mark.parametrize("raises", [True, False])
-def test_libraries_are_verified_before_they_are_loaded(tmp_path: Path, raises: bool) -> None:
+def test_libraries_are_verified_before_they_are_loaded(
+    tmp_path: Path, raises: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFEDGE_PLUGINS_REGISTER", "1")
     library = tmp_path / "librefedge_plugins-0.so"
     cases = [("plugin-missing", ""), ("plugin-changed", "0" * 64)]
     for code, sha256 in cases:
@@ -185,6 +190,7 @@ def test_libraries_are_verified_before_they_are_loaded(tmp_path: Path, raises: b
         native.register(Registry(raises), {library: right}, ["a", "b"])
     assert error.value.code == "plugin-refused"
     assert "a | b" in error.value.why
+    assert os.environ["REFEDGE_PLUGINS_REGISTER"] == "1"
 
 
 HEADERS = Path(os.environ.get("REFEDGE_TENSORRT_HEADERS", ""))

@@ -18,7 +18,7 @@ from .test_engine_files import ORIN, built
 @pytest.fixture
 def no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    tensorrt.tensorrt.cache_clear()
+    tensorrt._opened.cache_clear()
 
 
 def test_without_engines_it_is_onnx_runtime(bundle: Path) -> None:
@@ -96,3 +96,18 @@ def test_a_gpu_is_not_asked_for_when_it_is_not_needed(bundle: Path) -> None:
     cuda.library.cache_clear()
     load(bundle)
     assert cuda.library.cache_info().misses == 0
+
+
+def test_too_little_memory_is_no_reason_to_be_slow(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(own_bundle)
+
+    def full(bundle: Path, plan: str, digest: str) -> None:
+        raise BackendError("cuda-memory", "full", why="so", fix="end others")
+
+    monkeypatch.setattr(tensorrt, "this_target", lambda: ORIN)
+    monkeypatch.setattr(tensorrt.probe, "require", full)
+    with pytest.raises(BackendError) as caught:
+        load(own_bundle, plan="fp16")
+    assert caught.value.code == "cuda-memory"

@@ -5,10 +5,14 @@ The drivers here are small C libraries that answer as the real one does; nothing
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from refedge.errors import BackendError
@@ -133,3 +137,112 @@ def test_a_capture_that_fails_is_ended(driver: Driver) -> None:
     assert cuda.library().test_ended() == 1
     with pytest.raises(BackendError, match="begin a graph"):
         cuda.Graph(6, lambda: None)
+
+
+@pytest.fixture
+def pycuda(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """As much of pycuda.driver as a ``Cuda`` takes; ``said`` keeps what was asked of it."""
+    driver()
+    made = ModuleType("pycuda.driver")
+    said: list[tuple[object, ...]] = []
+
+    class Error(Exception):
+        pass
+
+    class OutOfMemoryError(Error):
+        pass
+
+    class Context:
+        def push(self) -> None:
+            said.append(("push",))
+
+        @staticmethod
+        def pop() -> None:
+            said.append(("pop",))
+
+        def detach(self) -> None:
+            said.append(("detach",))
+
+    class Device:
+        def __init__(self, number: int) -> None:
+            pass
+
+        def retain_primary_context(self) -> Context:
+            return Context()
+
+    class Stream:
+        handle = 5
+
+        def __init__(self, flags: int = 0) -> None:
+            said.append(("stream", flags))
+
+    room = {"left": 2}
+
+    def mem_alloc(size: int) -> int:
+        said.append(("alloc", size))
+        if not room["left"]:
+            raise OutOfMemoryError
+        room["left"] -= 1
+        return 4096 * room["left"]
+
+    given = {"said": said, "Error": Error, "MemoryError": OutOfMemoryError, "Context": Context,
+             "Device": Device, "Stream": Stream, "mem_alloc": mem_alloc, "room": room,
+             "init": lambda: None}  # fmt: skip
+    made.__dict__.update(given)
+    package = ModuleType("pycuda")
+    package.driver = made  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pycuda", package)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", made)
+    cuda._process.cache_clear()
+    yield made
+    cuda._process.cache_clear()
+
+
+def test_a_stream_is_not_bound_to_the_legacy_one(pycuda: ModuleType) -> None:
+    made = cuda.Cuda()
+    assert ("stream", 1) in pycuda.said
+    assert made.stream == 5
+
+
+def test_the_context_is_never_released(pycuda: ModuleType) -> None:
+    """TensorRT's objects may be destroyed after everything that Python calls at its end."""
+    kept = weakref.ref(cuda.Cuda()._process)
+    cuda._process.cache_clear()
+    gc.collect()
+    assert kept() is not None
+    assert ("detach",) not in pycuda.said
+
+
+def test_what_is_free_goes_back_when_memory_is_short(pycuda: ModuleType) -> None:
+    made = cuda.Cuda()
+    first = made.take(1000)
+    del first
+    assert made.take(900).nbytes == 900  # of the same size: the same memory
+    assert [s for s in pycuda.said if s[0] == "alloc"] == [("alloc", 1024)]
+    pools = made._process.pools
+    assert pools[("device", 1024)] == [4096]
+    pycuda.room["left"] = 0
+    with made.current("take"), pytest.raises(pycuda.MemoryError):
+        made.take(5000)
+    assert pools[("device", 1024)] == []
+
+
+def test_trimming_makes_no_context(pycuda: ModuleType) -> None:
+    cuda.trim()
+    assert pycuda.said == []
+    block = cuda.Cuda().take(1000)
+    del block
+    pycuda.said.clear()
+    cuda.trim()
+    assert pycuda.said == [("push",), ("pop",)]
+    assert not any(cuda._process().pools.values())
+
+
+def test_a_gpu_that_cannot_be_opened(pycuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy() -> None:
+        raise pycuda.Error("cuInit failed: device busy")
+
+    monkeypatch.setattr(pycuda, "init", busy)
+    with pytest.raises(BackendError) as caught:
+        cuda.Cuda()
+    assert (caught.value.code, caught.value.what) == ("cuda-failed", "CUDA could not open the GPU")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from refedge.errors import BackendError, EngineError, RefedgeError
+from refedge.errors import BackendError, BundleError, EngineError, RefedgeError
 from refedge.runtime.backends import probe
 
 ERROR = {"code": "engine-refused", "what": "no", "why": "because", "fix": "so"}
@@ -43,10 +43,15 @@ def test_one_that_hangs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"), [("engine-refused", EngineError), ("cuda-missing", BackendError)]
+    ("code", "kind"),
+    [
+        ("engine-refused", EngineError),
+        ("plugin-refused", EngineError),
+        ("cuda-missing", BackendError),
+    ],
 )
 def test_one_that_says_why(code: str, kind: type[RefedgeError]) -> None:
-    said = json.dumps(ERROR | {"code": code})
+    said = json.dumps(ERROR | {"kind": kind.__name__, "code": code})
     with pytest.raises(kind) as caught:
         child(f"import sys; print('log'); print({said!r}); sys.exit(3)")
     assert (caught.value.code, caught.value.why) == (code, "because")
@@ -54,11 +59,12 @@ def test_one_that_says_why(code: str, kind: type[RefedgeError]) -> None:
 
 def test_the_child_reports_what_it_meets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert probe.main(str(tmp_path), "fp16") == 3
-    assert json.loads(capsys.readouterr().out)["code"] == "bundle-missing"
+    said = json.loads(capsys.readouterr().out)
+    assert (said["kind"], said["code"]) == ("BundleError", "bundle-missing")
 
 
 def test_the_child_finds_this_package(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="not a bundle"):
+    with pytest.raises(BundleError, match="not a bundle"):
         probe.try_in_child([sys.executable, "-m", probe.__name__, str(tmp_path), "fp16"])
 
 
@@ -74,5 +80,5 @@ def test_each_record_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_crashed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for _ in range(2):
-        with pytest.raises(BackendError):  # no bundle there
+        with pytest.raises(BundleError):  # none is there
             probe.require(tmp_path, "fp16", "a" * 64)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from refedge.errors import EngineError
+from refedge.errors import BackendError, EngineError, RefedgeWarning
 from refedge.runtime.backends import tensorrt as module
 from refedge.runtime.backends.bindings import new_log
 from refedge.runtime.engine import EngineSpec
@@ -66,6 +71,7 @@ class Doubling:
         world.results[f"ICudaEngine.{made}"] = lambda *_: Thing(
             world, "IExecutionContext", dict(context)
         )
+        self.context = context
 
     def take_shape(self, name: str, shape: tuple[int, int]) -> bool:
         self.shape = shape
@@ -88,9 +94,12 @@ class Doubling:
 class HostGraph:
     """A capture does not execute."""
 
-    made = 0
+    made = refused = 0
 
     def __init__(self, stream: int, enqueue: Callable[[], None]) -> None:
+        if HostGraph.refused:
+            HostGraph.refused -= 1
+            raise BackendError("cuda-failed", "no", why="another thread", fix="so")
         self.launch = enqueue
         HostGraph.made += 1
 
@@ -103,6 +112,7 @@ def doubling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "Cuda", HostCuda)
     monkeypatch.setattr(module, "Graph", HostGraph)
     monkeypatch.setattr(HostGraph, "made", 0)
+    monkeypatch.setattr(HostGraph, "refused", 0)
     monkeypatch.setattr(module, "_engines", {})
     return made
 
@@ -148,3 +158,99 @@ def test_what_tensorrt_refuses_is_said(refuses: str, doubling: Doubling) -> None
     with pytest.raises(EngineError) as caught:
         part.run({"x": np.ones((5, 3), np.float32)})
     assert caught.value.code == "engine-shape"
+
+
+def test_a_capture_that_failed_is_tried_once_more(doubling: Doubling) -> None:
+    part, one = opened(), np.ones((1, 3), np.float32)
+    HostGraph.refused = 1
+    for _ in range(3):
+        part.run({"x": one})
+    assert HostGraph.made == 1
+    HostGraph.refused = 2
+    two = np.ones((2, 3), np.float32)
+    part.run({"x": two})
+    with pytest.warns(RefedgeWarning, match="without a CUDA graph: another thread"):
+        part.run({"x": two})
+    assert np.array_equal(part.run({"x": two})["y"], 2 * two)
+    assert HostGraph.made == 1
+
+
+def test_a_second_context_takes_the_profile_that_is_shared(doubling: Doubling) -> None:
+    part, name = opened(), "IExecutionContext.set_optimization_profile_async"
+    part.run({"x": np.ones((1, 3), np.float32)})
+    doubling.context["active_optimization_profile"] = -1  # as 8.6 does of itself
+    part.run({"x": np.ones((2, 3), np.float32)})
+    assert (name, (0, HostCuda.stream)) in doubling.world.calls
+    assert len(part._held) == 2
+
+
+def test_a_profile_that_is_not_shared_goes_to_the_next_context(doubling: Doubling) -> None:
+    part = opened()
+    doubling.world.results["IExecutionContext.set_optimization_profile_async"] = False
+    part.run({"x": np.ones((1, 3), np.float32)})
+    doubling.context["active_optimization_profile"] = -1
+    assert part.run({"x": np.ones((2, 3), np.float32)})["y"].shape == (2, 3)
+    assert len(part._held) == 1
+
+
+def test_what_is_free_is_given_back_before_an_engine_is_refused(
+    doubling: Doubling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[bool] = []
+    monkeypatch.setattr(module, "trim", lambda: trimmed.append(True))
+    load = doubling.world.results["Runtime.deserialize_cuda_engine"]
+    doubling.world.results["Runtime.deserialize_cuda_engine"] = lambda data: (
+        load(data) if trimmed else None
+    )
+    assert opened().run({"x": np.ones((1, 3), np.float32)})["y"].shape == (1, 3)
+    doubling.world.results["Runtime.deserialize_cuda_engine"] = lambda data: None
+    monkeypatch.setattr(module, "_engines", {})
+    with pytest.raises(EngineError) as caught:
+        opened()
+    assert caught.value.code == "engine-refused"
+
+
+def test_a_runtime_that_cannot_start(doubling: Doubling) -> None:
+    doubling.world.results["Runtime"] = None
+    with pytest.raises(BackendError) as caught:
+        opened()
+    assert caught.value.code == "backend-refused"
+    assert "driver" in caught.value.fix
+
+
+def test_libraries_are_loaded_once_whoever_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT refuses a library whose plugins are registered already."""
+    loaded: list[str] = []
+
+    class Registry:
+        def load_library(self, path: str) -> object:
+            time.sleep(0.02)  # where other threads come in
+            if path in loaded:
+                return None
+            loaded.append(path)
+            return object()
+
+    trt = SimpleNamespace(__version__="10.3", get_plugin_registry=Registry)
+    logger = SimpleNamespace(lines=[], take=lambda: "")
+    monkeypatch.setattr(module, "tensorrt", lambda: (trt, logger))
+    monkeypatch.setattr(module, "_plugins", {})
+    (tmp_path / "p.so").write_bytes(b"p")
+    (tmp_path / "q.so").write_bytes(b"q")
+    sha256 = {tmp_path / n: hashlib.sha256(n[:1].encode()).hexdigest() for n in ("p.so", "q.so")}
+    failed: list[Exception] = []
+
+    def load() -> None:
+        try:
+            module._load_plugins(sha256)
+        except EngineError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert [Path(path).name for path in loaded] == ["p.so", "q.so"]

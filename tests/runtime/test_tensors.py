@@ -19,6 +19,7 @@ from refedge.runtime.segmenter import Segmenter, load
 from .host_cuda import HostCuda
 
 KEYS = TensorSpec("keys", "float32", ("batch", 3, 2))
+SIZES = {"batch": 4, "images": 2}
 
 
 def rows(count: int, first: float = 0) -> np.ndarray:
@@ -69,14 +70,14 @@ def test_who_reads_an_array_copies_it() -> None:
     wrote, reads = HostCuda(), HostCuda()
     array = wrote.array(rows(2))
     before = sum(wrote.moved.values())
-    Place(reads, KEYS, 4, host=False).write(array, "mask")  # type: ignore[arg-type]
+    Place(reads, KEYS, SIZES, host=False).write(array, "mask")  # type: ignore[arg-type]
     assert sum(reads.moved.values()) == 48
     assert sum(wrote.moved.values()) == before
 
 
 def test_a_place_takes_arrays_of_the_host_and_of_the_device() -> None:
     cuda = HostCuda()
-    place = Place(cuda, KEYS, 4, host=False)  # type: ignore[arg-type]
+    place = Place(cuda, KEYS, SIZES, host=False)  # type: ignore[arg-type]
     address = place.address
     assert place.write(rows(2), "mask") == (2, 3, 2)
     assert cuda.moved == {"up": 48, "down": 0, "copy": 0}
@@ -91,7 +92,7 @@ def test_a_place_takes_arrays_of_the_host_and_of_the_device() -> None:
 
 
 def test_what_does_not_lie_in_a_row_arrives_in_order() -> None:
-    place = Place(HostCuda(), KEYS, 4, host=True)  # type: ignore[arg-type]
+    place = Place(HostCuda(), KEYS, SIZES, host=True)  # type: ignore[arg-type]
     turned = rows(2).reshape(2, 2, 3).transpose(0, 2, 1)
     place.write(turned, "mask")
     place.fetch((2, 3, 2))
@@ -100,7 +101,7 @@ def test_what_does_not_lie_in_a_row_arrives_in_order() -> None:
 
 def test_integrated_memory_is_written_once() -> None:
     cuda = HostCuda(integrated=True)
-    place = Place(cuda, KEYS, 4, host=True)  # type: ignore[arg-type]
+    place = Place(cuda, KEYS, SIZES, host=True)  # type: ignore[arg-type]
     place.write(rows(4), "mask")
     place.fetch((4, 3, 2))
     assert sum(cuda.moved.values()) == 0
@@ -108,7 +109,7 @@ def test_integrated_memory_is_written_once() -> None:
     kept = place.read((4, 3, 2))
     place.write(rows(4, 9), "mask")
     assert np.array_equal(kept, rows(4)), "a result is the caller's own"
-    other = Place(cuda, KEYS, 4, host=False)  # type: ignore[arg-type]
+    other = Place(cuda, KEYS, SIZES, host=False)  # type: ignore[arg-type]
     other.write(rows(1), "mask")
     assert cuda.moved["up"] == 24, "what parts hand over lies in device memory"
 
@@ -119,11 +120,11 @@ def test_integrated_memory_is_written_once() -> None:
     ids=["batch", "rank", "size", "dtype", "empty"],
 )
 def test_what_the_engine_was_not_built_for_is_refused(value: np.ndarray) -> None:
-    place = Place(HostCuda(), KEYS, 4, host=True)  # type: ignore[arg-type]
+    place = Place(HostCuda(), KEYS, SIZES, host=True)  # type: ignore[arg-type]
     with pytest.raises(EngineError) as caught:
         place.write(value, "mask")
     assert caught.value.code == "engine-shape"
-    assert "batches of 1 to 4" in caught.value.why
+    assert "batch of 1 to 4" in caught.value.why
 
 
 class StaysOnDevice:
@@ -173,3 +174,12 @@ def test_the_text_part_may_run_elsewhere(bundle: Path) -> None:
     segmenter = Segmenter(opened, "fp32", backend, OnnxRuntimeBackend(threads=1))
     segmenter.segment(RefShapes("val")[1].image, "the red circle")
     assert set(backend.taken) == {np.ndarray}
+
+
+def test_each_dynamic_dimension_has_its_own_largest() -> None:
+    spec = TensorSpec("maps", "float32", ("images", 3, 2))
+    place = Place(HostCuda(), spec, {"batch": 1, "images": 2}, host=True)  # type: ignore[arg-type]
+    assert place.write(rows(2), "mask") == (2, 3, 2)
+    with pytest.raises(EngineError) as caught:
+        place.write(rows(3), "mask")
+    assert "images of 1 to 2" in caught.value.why
