@@ -134,6 +134,7 @@ def convert(
 @click.option("--fold/--no-fold", default=True, help="Apply rewrites that pay; or none.")
 @click.option("--rewrite", "chosen", multiple=True, help="Of these alone: norm, heads, ….",
               type=click.Choice(("norm", "heads", "squeeze", "ort")))  # fmt: skip
+@click.option("--parity/--no-parity", default=True, help="Compare the graphs with torch.")
 @click.option("--triton", type=click.Path(path_type=Path), help="MODEL is a bundle: serve it.")
 @click.option("--plan", default="fp32", show_default=True, help="Of --triton.")
 @click.option("--engines", help="Of --triton: a folder below engines/, in place of ONNX.")
@@ -145,6 +146,7 @@ def export(
     seed: int,
     fold: bool,
     chosen: tuple[str, ...],
+    parity: bool,
     triton: Path | None,
     plan: str,
     engines: str | None,
@@ -171,15 +173,17 @@ def export(
 
     loaded = open_model(model, words(), size=size, weights=weights, seed=seed)
     target = output or Path(f"{Path(model.replace(':', '-')).name}.refedge")
-    manifest = run(loaded, target, say=click.echo, rewrites=(chosen or REWRITES) if fold else ())
+    rewrites = (chosen or REWRITES) if fold else ()
+    manifest = run(loaded, target, say=click.echo, rewrites=rewrites, compared=parity)
     if manifest.folding:
         done = sum(f["folded"] for f in manifest.folding)
         click.echo(f"folded {done} of {len(manifest.folding)} blocks of attention to words")
     rows = [
         [run, f"{r['end_to_end']['sigma']:.1e}", f"{r['end_to_end']['iou']:.5f}"]
-        for run, r in manifest.parity["runs"].items()
+        for run, r in manifest.parity.get("runs", {}).items()
     ]
-    print_table("parity with torch", ("graph", "logits, σ", "mask IoU"), rows)
+    if rows:
+        print_table("parity with torch", ("graph", "logits, σ", "mask IoU"), rows)
     size_mb = sum(f.bytes for f in manifest.files.values()) / 1e6
     click.echo(f"wrote {target} ({size_mb:.1f} MB)")
 

@@ -7,7 +7,7 @@ that what differs is the model's two parts alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -79,14 +79,29 @@ class PlanRunner:
 
 
 class TorchRunner:
-    """PyTorch eager in float32, in inference mode."""
+    """PyTorch in inference mode: eager in float32 on the CPU, unless something else is asked for.
 
-    def __init__(self, loaded: Loaded, bundle: Bundle) -> None:
+    half:   under autocast to float16.
+    wrap:   makes another function of a part's module; what that gives is copied, since CUDA graphs
+            of torch.compile write their next outputs over it.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        bundle: Bundle,
+        *,
+        device: str = "cpu",
+        half: bool = False,
+        wrap: Callable[[Any], Any] | None = None,
+    ) -> None:
         import torch
 
         self.bundle = bundle
-        self._torch = torch
-        self._parts = {part.name: part for part in loaded.model.eval().parts()}
+        self._torch, self._device, self._half, self._copied = torch, device, half, bool(wrap)
+        self.parts = {part.name: part for part in loaded.model.eval().to(device).parts()}
+        made = wrap or (lambda module: module)
+        self._run = {name: made(part.module) for name, part in self.parts.items()}
         spec = bundle.manifest.tokenizer
         self._tokenizer = ExpressionTokenizer(bundle.file(spec.file).read_bytes(), spec)
         self._kept: dict[bytes, Any] = {}
@@ -97,7 +112,7 @@ class TorchRunner:
 
     def text(self, tokens: Tokens) -> Any:
         """What depends on the expression alone."""
-        return self._run("text", self._host(tokens))
+        return self.run("text", self.given(tokens))
 
     def recall(self, tokens: Tokens) -> Any:
         """The same, kept by the ids, as a segmenter keeps them."""
@@ -108,25 +123,31 @@ class TorchRunner:
 
     def image(self, pixels: npt.NDArray[np.uint8]) -> Any:
         """What depends on the picture alone; the pixels where nothing does."""
-        known = {"pixels": self._torch.tensor(pixels[None])}
-        return self._run("image", known) if "image" in self._parts else known
+        known = {"pixels": self._torch.tensor(pixels[None]).to(self._device)}
+        return self.run("image", known) if "image" in self.parts else known
 
     def mask(self, features: Any, tokens: Tokens, products: Any) -> npt.NDArray[np.float32]:
         """The rest of the model."""
-        index = {"image_index": self._torch.zeros(1, dtype=self._torch.int32)}
-        known = self._host(tokens) | products | features | index
-        logits: npt.NDArray[np.float32] = self._run("mask", known)["logits"][0].numpy()
+        found = self.run("mask", self.given(tokens) | products | features)["logits"][0]
+        logits: npt.NDArray[np.float32] = found.float().cpu().numpy()
         return logits
 
-    def _host(self, tokens: Tokens) -> dict[str, Any]:
+    def given(self, tokens: Tokens) -> dict[str, Any]:
+        """What parts take of an expression about one picture, on the device."""
         arrays = {"ids": tokens.ids[None], "words": tokens.words[None]}
-        return {name: self._torch.from_numpy(array) for name, array in arrays.items()}
+        arrays["image_index"] = np.zeros(1, np.int32)
+        made = self._torch.from_numpy
+        return {name: made(array).to(self._device) for name, array in arrays.items()}
 
-    def _run(self, name: str, known: dict[str, Any]) -> dict[str, Any]:
-        part = self._parts[name]
-        with self._torch.inference_mode():
-            found = part.module(*(known[port.name] for port in part.inputs))
-        outputs = found if isinstance(found, tuple) else (found,)
+    def run(self, name: str, known: dict[str, Any]) -> dict[str, Any]:
+        """A part's outputs by name."""
+        part, torch = self.parts[name], self._torch
+        half = torch.autocast(self._device, torch.float16, enabled=self._half)
+        with torch.inference_mode(), half:
+            found = self._run[name](*(known[port.name] for port in part.inputs))
+        outputs = found if isinstance(found, (tuple, list)) else (found,)
+        if self._copied:
+            outputs = tuple(output.clone() for output in outputs)
         return dict(zip((port.name for port in part.outputs), outputs, strict=True))
 
 

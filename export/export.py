@@ -6,7 +6,7 @@ import math
 import platform
 from collections.abc import Callable, Collection
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,14 @@ def export(
     *,
     say: Callable[[str], None] = print,
     rewrites: Collection[str] = REWRITES,
+    compared: bool = True,
 ) -> Manifest:
     """Trace every part, check it, measure parity, and write ``target`` (a ``.refedge`` folder).
 
     rewrites: which of ``REWRITES``, described in ``../docs/folding.md``, may be applied where they
     are estimated to pay; with fewer, graphs to compare with.
+    compared: measure parity; without it the manifest has none, where another machine has measured
+    it and time is short.
 
     Raises ExportError for a graph that breaks a rule or a parity bar; nothing is left behind.
     """
@@ -76,14 +79,16 @@ def export(
             if "ort" in rewrites:
                 for_ort(dialect)
             ort[part.name] = _add_graph(writer, dialect, f"{part.name}.ort.fp32")
-        say("measuring parity")
-        parity = measure(
-            loaded.model,
-            specs,
-            {name: writer.folder / file for name, file in canonical.items()},
-            {"ort fp32": {name: writer.folder / file for name, file in ort.items()}},
-            moved={port for f in folds for port in f.moved},
-        )
+        parity: dict[str, Any] = {}
+        if compared:
+            say("measuring parity")
+            parity = measure(
+                loaded.model,
+                specs,
+                {name: writer.folder / file for name, file in canonical.items()},
+                {"ort fp32": {name: writer.folder / file for name, file in ort.items()}},
+                moved={port for f in folds for port in f.moved},
+            )
         writer.add("tokenizer.json", loaded.tokenizer.to_str(pretty=True).encode())
         dialects = (
             DialectSpec("canonical", "fp32", canonical, tuple(weights)),
@@ -135,11 +140,18 @@ def _manifest(
             "checkpoint": loaded.card.sha256 or "none: seeded, untrained weights",
             "trained": bool(loaded.card.training) and not loaded.card.training.get("seeded"),
             "python": platform.python_version(),
-            "packages": {name: version(name) for name in ("refedge", *_PACKAGES)},
+            "packages": {name: _version(name) for name in ("refedge", *_PACKAGES)},
         },
         parity=parity,
         folding=tuple(map(asdict, folds)),
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # refedge itself, run from a checkout that was not installed
+        return "unknown"
 
 
 def _protocol(loaded: Loaded, framing: Framing) -> str:

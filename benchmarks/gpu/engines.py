@@ -3,14 +3,14 @@
     python -m refedge.benchmarks.gpu.engines BUNDLE OUT.json [--dry] [--plugin=LIBRARY]
 
 Runs where TensorRT is, without torch. Times are end to end, as ``refedge bench`` takes them, and
-per part: a whole run of the part beside the launch of its graph alone, whose difference is what
-the runtime adds. A plan that fails is recorded with its error, and the next one begins.
+per part: a whole run of the part, on what the parts before left on the device, beside the launch
+of its graph alone; the difference is what the runtime adds. A plan that fails is recorded with its
+error, and the next one begins; the next run of the step keeps those that are done.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -26,48 +26,31 @@ from ...runtime.engine import FOLDER, RECORD, decode_engines
 from ...runtime.files import write_json
 from ...runtime.segmenter import Segmenter, load
 from ..accuracy import evaluate
-from ..bench import series
 from ..contestants import PlanRunner
-from ..timing import run_once, task_for, warm_up
 from .machine import state
+from .rounds import clocked, end_to_end
 
-SCHEMA = "refedge-gpu-engines-1"
+SCHEMA = "refedge-gpu-engines-2"
+PLANS = ("fp16", "int8")
 SCENES, ROUNDS = 100, 200
 UNTRAINED = 4  # scenes, where masks mean nothing and only have to agree
 
 
 def times(segmenter: Segmenter, rounds: int) -> dict[str, Any]:
     """Series of milliseconds end to end, and per part of a run and of its graph alone."""
-    runner, task = PlanRunner(segmenter), task_for(segmenter.manifest)
-    warm_up(lambda: run_once(runner, task, 0, cached=False)["total"])
-    whole = [run_once(runner, task, i, cached=False)["total"] for i in range(rounds)]
-    runner.recall(runner.tokenize(task.expressions[0]))
-    kept = [run_once(runner, task, 0, cached=True)["total"] for _ in range(rounds)]
-    found: dict[str, Any] = {"uncached": whole, "cached": kept}
+    found = end_to_end(PlanRunner(segmenter), rounds)
+    known: dict[str, Any] = {}
     for spec in segmenter.manifest.parts:
         part = segmenter._parts[spec.name]
         sizes = {t.name: tuple(1 if isinstance(d, str) else d for d in t.shape)
                  for t in spec.inputs}  # fmt: skip
-        inputs = {t.name: noise(sizes[t.name], t.dtype) for t in spec.inputs}
-        for _ in range(3):
-            part.run(inputs)
-        found[f"{spec.name} run"] = [_clock(lambda: part.run(inputs)) for _ in range(rounds)]  # noqa: B023
+        inputs = {t.name: known.get(t.name, noise(sizes[t.name], t.dtype)) for t in spec.inputs}
+        known |= part.run(inputs)
+        found[f"{spec.name} run"] = clocked(lambda: part.run(inputs), rounds)  # noqa: B023
         alone = getattr(part, "again", None)  # TensorRT's parts have it
         if alone is not None:
-            found[f"{spec.name} alone"] = [_clock(alone) for _ in range(rounds)]
-    return {name: _short(samples) for name, samples in found.items()}
-
-
-def _clock(run: Any) -> float:
-    started = time.perf_counter()
-    run()
-    return (time.perf_counter() - started) * 1e3
-
-
-def _short(samples: list[float]) -> dict[str, Any]:
-    found = series(samples)
-    return {"p50": found.p50, "p90": found.p90, "p99": found.p99,
-            "mean": statistics.fmean(samples), "unstable": found.unstable}  # fmt: skip
+            found[f"{spec.name} alone"] = clocked(alone, rounds)
+    return found
 
 
 def measure(
@@ -80,7 +63,16 @@ def measure(
         build = [sys.executable, "-m", "refedge.cli", "build", str(bundle), "--plan", plan]
         # findings about its layers are recorded, and no reason to measure nothing
         more = ["--plugin", plugin] if plugin else []
-        subprocess.run([*build, "--no-inspect", *more], check=True)
+        done = subprocess.run(
+            [*build, "--no-inspect", *more],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        print(done.stdout, flush=True)
+        if done.returncode:
+            raise RuntimeError(f"refedge build: {done.stdout.strip()[-1500:]}")
         seconds = time.monotonic() - started
     reference = load(bundle, plan="fp32", backend="onnxruntime")
     found = load(bundle, plan=plan, backend="onnxruntime" if dry else "tensorrt")
@@ -115,7 +107,7 @@ def _built(bundle: Path, plan: str) -> dict[str, Any]:
 
 
 def main(folder: str, out: str, *options: str) -> int:
-    """Exit code 1 where no plan could be measured."""
+    """Exit code 1 where a plan could not be measured."""
     dry = "--dry" in options
     plugin = next((o.partition("=")[2] for o in options if o.startswith("--plugin=")), "")
     bundle = Path(folder)
@@ -123,8 +115,10 @@ def main(folder: str, out: str, *options: str) -> int:
         print("dry: no bundle here; what this step imports is here")
         return 0
     manifest = open_bundle(bundle).manifest
-    record: dict[str, Any] = {"schema": SCHEMA, "model": manifest.model, "plans": {}}
-    record |= {
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": manifest.model,
+        "plans": {},
         "plugin": Path(plugin).name,
         "bundle": manifest.digest,
         "provenance": manifest.provenance,
@@ -134,21 +128,25 @@ def main(folder: str, out: str, *options: str) -> int:
         from ...runtime.backends.tensorrt import this_target
 
         record |= {"target": this_target().name, "state": {"before": state()}}
+    if Path(out).is_file():
+        earlier = json.loads(Path(out).read_bytes())
+        record["plans"] = earlier["plans"] if earlier["bundle"] == manifest.digest else {}
     trained = SCENES if manifest.provenance.get("trained") else UNTRAINED
-    for plan in ("fp16", "int8"):
-        if plan not in manifest.plans:
-            continue
+    for plan in PLANS:
+        if record["plans"].get(plan, {"error": ""}).keys() != {"error"}:
+            continue  # done before
         try:
             scenes, rounds = (2, 8) if dry else (trained, ROUNDS)
             record["plans"][plan] = measure(bundle, plan, scenes, rounds, dry=dry, plugin=plugin)
         except Exception as error:  # the next plan may work, and this one's error is a result
             traceback.print_exc()
-            record["plans"][plan] = {"error": str(error)}
+            record["plans"][plan] = {"error": str(error) or type(error).__name__}
         if not dry:
             record["state"]["after"] = state()
         write_json(record, Path(out))  # the step may be ended
-    print(json.dumps(record)[:2000])
-    return int(not any("error" not in plan for plan in record["plans"].values()))
+    failed = [plan for plan, found in record["plans"].items() if "error" in found]
+    print(f"{len(record['plans'])} plans, failed: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

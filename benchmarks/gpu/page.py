@@ -8,9 +8,12 @@ RESULTS is a folder of ``gpu-<step>.json``, by default ``benchmarks/results``.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
+
+from .bars import bars
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/gpu-results.md"
@@ -24,8 +27,11 @@ Nothing has been measured on a GPU: **not yet measured** are the device's own ra
 build times, the accuracy and latency of engines, PyTorch and ONNX Runtime beside them, and the
 fused kernels.
 """
-MODELS = """Milliseconds at batch 1, medians; engines end to end from decoded pixels to mask,
-PyTorch and ONNX Runtime their parts alone, inputs on the device. * unstable.
+MODELS = """Milliseconds at batch 1, medians, end to end from decoded pixels to mask; of ONNX
+Runtime's providers the parts alone, inputs on the device. * unstable.
+"""
+KERNELS = """Microseconds in float16, medians inside one CUDA graph: our kernels, a copy of as many
+bytes, as many empty kernels, the block as it was before folding, the best of SDPA and compile.
 """
 
 
@@ -45,14 +51,21 @@ def page(results: Path) -> str:
         rows = [[k, f"{e['build_s']:.1f}", f"{max(e['errors']):.1e}"] for k, e in engines.items()]
         lines += ["\n## Smoke of the builder", f"`{found['operators']['target']}`\n"]
         lines += _table(("type", "build, s", "largest relative error"), rows)
+    held = bars(found)
+    if held:
+        lines += ["\n## Bars\n"]
+        texts = [[what, where, said, "yes" if ok else "**no**"] for what, where, said, ok in held]
+        lines += _table(("bar", "where", "measured", "holds"), texts)
+    if "kernels" in found:
+        lines += _kernels(found["kernels"])
     rows = []
     for name, record in found.items():
         if name.startswith(("engines-", "plugin-")):
             rows += _engines(name.partition("-")[2], record)
         elif name.startswith("peers-"):
-            rows += _peers(name.removeprefix("peers-"), "torch", record)
+            rows += _torch(name.removeprefix("peers-"), record)
         elif name.startswith("providers-"):
-            rows += _peers(name.removeprefix("providers-"), "ONNX Runtime", record)
+            rows += _providers(name.removeprefix("providers-"), record)
     if rows:
         lines += ["\n## Models", MODELS]
         heads = ("model", "what", "agreement", "mIoU", "uncached", "cached", "artefact")
@@ -69,7 +82,7 @@ def _machine(record: dict[str, Any]) -> list[str]:
     said = ", ".join(f"{key} {value}" for key, value in state.items())
     rates = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in record["ops_per_s"].items())
     rows = [
-        [name, f"{a['eager']:.4f}", f"{a['compiled']:.4f}", f"{a['error']:.1e}"]
+        [name, f"{a['eager']:.4f}", f"{a.get('compiled', math.nan):.4f}", f"{a['error']:.1e}"]
         for name, a in record["attention_ms"].items()
     ]
     return [
@@ -86,7 +99,7 @@ def _engines(model: str, record: dict[str, Any]) -> list[list[str]]:
     rows = []
     for plan, found in record["plans"].items():
         if "error" in found:
-            rows.append([model, plan, "failed", found["error"].splitlines()[0], "", "", ""])
+            rows.append([model, plan, "failed", _first(found), "", "", ""])
             continue
         scored = next(p for p in found["accuracy"] if p["plan"] == plan)
         spent = found["milliseconds"]
@@ -102,18 +115,51 @@ def _engines(model: str, record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _peers(model: str, peer: str, record: dict[str, Any]) -> list[list[str]]:
+def _torch(model: str, record: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for mode, found in record["modes"].items():
+        if "end_to_end" in found:
+            spent = found["end_to_end"]
+            times = [f"{spent[k]['p50']:.2f}{'*' * spent[k]['unstable']}"
+                     for k in ("uncached", "cached")]  # fmt: skip
+            rows.append([model, f"torch {mode}", "", "", *times, ""])
+        else:
+            rows.append([model, f"torch {mode}", "failed", _first(found), "", "", ""])
+    return rows
+
+
+def _providers(model: str, record: dict[str, Any]) -> list[list[str]]:
     rows = []
     for mode, found in record["modes"].items():
         if "milliseconds" in found:
             graph = found.get("graphs", {}).get("mask", "")[:8]
             spent = f"{found['milliseconds']['all']:.2f}"
-            rows.append([model, f"{peer} {mode}", "", "", spent, "", graph])
+            rows.append([model, f"ONNX Runtime {mode}, parts", "", "", spent, "", graph])
         else:
             said = "absent" if "absent" in found else "failed"
-            why = found.get("absent") or found["error"]
-            rows.append([model, f"{peer} {mode}", said, why.splitlines()[0], "", "", ""])
+            rows.append([model, f"ONNX Runtime {mode}", said, _first(found), "", "", ""])
     return rows
+
+
+def _kernels(record: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in record["timings"]:
+        us = {form: each["median"] for form, each in row.get("us", {}).items() if "median" in each}
+        if not us:
+            rows.append([*row["key"], _first(row), "", "", "", "", ""])
+            continue
+        rivals = [t for form, t in us.items() if "compiled" in form or "sdpa" in form]
+        shown = [us["fused"], us["copy"], us["empty"], us.get("unfused"), min(rivals, default=None)]
+        times = ["–" if t is None else f"{t:.1f}" for t in shown]
+        rows.append([row["shape"], str(row["batch"]), f"{row['bytes'] / 1e6:.1f}", *times])
+    heads = ("shape", "batch", "MB", "fused", "copy", "empty", "unfused", "best of torch")
+    about = f"{record['device']}, {record['architecture']}, torch {record['torch']}.\n"
+    return ["\n## Kernels", KERNELS, about, *_table(heads, rows)]
+
+
+def _first(found: dict[str, Any]) -> str:
+    text = found.get("absent") or found.get("error") or "no reason given"
+    return str(text).splitlines()[0].replace("|", "/")
 
 
 def _table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:

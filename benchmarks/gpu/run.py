@@ -5,10 +5,10 @@
 Two interpreters exchange files: this one has torch; the kit's (TensorRT 8.6, Python 3.10) has
 TensorRT, unless this one has it too. Each step is a process of its own that writes one JSON file;
 a step that ended well is not run again, so a second call goes on where the first one stopped; of
-one that failed or was ended, what it had written is ``NAME.failed.json``. After every step there is
-one archive of at most 16 MiB, in ``$OUT`` where that is set. Without a GPU the
-same steps check themselves on small sizes and nothing is written as a result. Needs nothing but
-the standard library.
+one that failed or was ended, what it had written is ``NAME.failed.json``, where its next try goes
+on, after all that were never tried. After every step there is one archive of at most 16 MiB, in
+``$OUT`` where that is set. Without a GPU the same steps check themselves on small sizes and nothing
+is written as a result. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ PLUGINS = ROOT / ".gpukit/plugins"  # our library for the kit's TensorRT: make k
 LIMIT = 16 << 20  # bytes of the archive
 MODELS = ("slvit-tiny", "slvit:paper", "cm_masksd:paper", "lavt:paper", "lts:paper", "step:paper",
           "m3att:paper")  # fmt: skip
+FIRST = 3  # models, before the kernels are looked at once more and ONNX Runtime's providers
+MISSING = {
+    "msgspec": "make wheels, and carry .gpukit/wheels"
+}  # modules that steps cannot do without
 GPU = "refedge.benchmarks.gpu"
 
 
@@ -43,45 +47,65 @@ class Step:
 
     kit:     runs on the interpreter that has TensorRT.
     seconds: after which it is ended.
+    needs:   seconds that must be left for it to begin.
+    after:   the step whose result it cannot do without.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: int
     kit: bool = False
+    needs: int = 60
+    after: str = ""
 
 
 def steps(models: tuple[str, ...] = MODELS) -> list[Step]:
     """In order of what they tell."""
+    checkout = (ROOT / "tests/gpu").is_dir()  # not an installed package
     found = [
         Step("machine", ("-m", f"{GPU}.machine", "{out}", "{dry}"), 240),
         Step("operators", ("-m", f"{GPU}.operators", "{out}", "{dry}"), 240, kit=True),
     ]
-    if (ROOT / "tests/gpu").is_dir():  # a checkout, not an installed package
-        found.append(Step("kernels", ("-m", "refedge.tests.gpu.kernels", "{out}"), 300))
+    if checkout:
+        found.append(Step("kernels", ("-m", "refedge.tests.gpu.kernels", "{out}"), 400))
+    for model in models[:FIRST]:
+        found += _model(model)
+    if checkout:
+        sanitized = ("-m", "refedge.tests.gpu.sanitized", "{out}", "{dry}")
+        found.append(Step("sanitizer", sanitized, 600, needs=150))
+    for model in models[FIRST:]:
+        found += _model(model)
     for model in models:
-        bundle = f"{{work}}/{model.replace(':', '-')}.refedge"
         name = model.replace(":", "-")
-        plugin = [
-            Step(
-                f"plugin-{name}",
-                ("-m", f"{GPU}.engines", bundle, "{out}", "{dry}", f"--plugin={library}"),
-                600,
-                kit=True,
-            )
-            for library in sorted(PLUGINS.glob("*.so"))[:1]
-        ]
-        found += [
-            Step(f"export-{name}", ("-m", f"{GPU}.bundles", model, bundle, "{out}", "{dry}"), 600),
-            Step(f"engines-{name}", ("-m", f"{GPU}.engines", bundle, "{out}", "{dry}"), 600, True),
-            *plugin,
-            Step(f"peers-{name}", ("-m", f"{GPU}.peers", model, "{out}", "{dry}"), 300),
-            Step(f"providers-{name}", ("-m", f"{GPU}.providers", bundle, "{out}", "{dry}"), 300),
-        ]
-        if model == models[0] and (ROOT / "tests/gpu").is_dir():
-            command = ("-m", "refedge.tests.gpu.sanitized", "{out}", "{dry}")
-            found.append(Step("sanitizer", command, 600))
+        command = ("-m", f"{GPU}.providers", f"{{work}}/{name}.refedge", "{out}", "{dry}")
+        found.append(Step(f"providers-{name}", command, 300, after=f"export-{name}"))
     return found
+
+
+def _model(model: str) -> list[Step]:
+    """Its bundle, its engines without and with our plugin, PyTorch beside them."""
+    name, engines = model.replace(":", "-"), ("-m", f"{GPU}.engines")
+    bundle, after = f"{{work}}/{name}.refedge", f"export-{name}"
+    said, needs = ("{out}", "{dry}"), 60 if name.endswith("tiny") else 120
+    found = [
+        Step(after, ("-m", f"{GPU}.bundles", model, bundle, *said), 600, needs=needs),
+        Step(f"engines-{name}", (*engines, bundle, *said), 600, True, needs, after),
+    ]
+    for library in sorted(PLUGINS.glob("*.so"))[:1]:
+        plugin = (*engines, bundle, *said, f"--plugin={library}")
+        found.append(Step(f"plugin-{name}", plugin, 600, True, needs, after))
+    peers = ("-m", f"{GPU}.peers", model, bundle, *said)
+    return [*found, Step(f"peers-{name}", peers, 500, needs=needs, after=after)]
+
+
+def in_turn(found: list[Step], work: Path) -> list[Step]:
+    """Those that were tried before come last, but for those that others wait for."""
+    waited = {step.after for step in found}
+
+    def tried(step: Step) -> bool:
+        return step.name not in waited and (work / f"results/{step.name}.log").is_file()
+
+    return sorted(found, key=tried)
 
 
 def has_gpu() -> bool:
@@ -111,12 +135,26 @@ def prepare(work: Path, dry: bool) -> dict[str, str]:
     if boot.is_file() and not dry and not (KIT / ".complete").is_file():
         subprocess.run(["bash", str(boot), "trt"], cwd=ROOT, check=False)
     wheels, site = sorted((ROOT / ".gpukit/wheels").glob("*.whl")), work / "site"
-    if wheels and not dry and not site.is_dir():
+    installed = site / ".installed"
+    if wheels and not dry and not installed.is_file():
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-        subprocess.run([*command, "--target", str(site), *map(str, wheels)], check=False)
+        command += ["--upgrade", "--target", str(site)]
+        if subprocess.run([*command, *map(str, wheels)], check=False).returncode == 0:
+            installed.touch()
+    for module, fix in MISSING.items():
+        if importlib.util.find_spec(module) is None and not (site / module).is_dir():
+            print(f"{module} is not here, most steps will fail: {fix}")
+    if interpreter(True) is None:
+        print("TensorRT is not here, no engine will be built: unpack the GPU kit")
+    if not any(PLUGINS.glob("*.so")):
+        print("our plugin library is not here: make kit-plugins, and carry .gpukit/plugins")
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     host = os.pathsep.join(p for p in (str(link.parent), str(site), *given) if p)
-    return {"PYTHONPATH": host, "GPUKIT_PYTHONPATH": str(link.parent)}
+    return {
+        "PYTHONPATH": host,
+        "GPUKIT_PYTHONPATH": str(link.parent),
+        "PYTHONUNBUFFERED": "1",  # the log of a step that is ended
+    }
 
 
 def run_step(step: Step, work: Path, environment: dict[str, str], left: float, dry: bool) -> str:
@@ -127,10 +165,14 @@ def run_step(step: Step, work: Path, environment: dict[str, str], left: float, d
     python = interpreter(step.kit)
     if python is None:
         return "left out: no TensorRT here, and the kit is not unpacked"
-    if left < min(step.seconds, 60):
+    if step.after and not dry and not out.with_name(f"{step.after}.json").is_file():
+        return f"left out: {step.after} has to be there"
+    if left < min(step.seconds, step.needs):
         return "left for another time"
     out.parent.mkdir(parents=True, exist_ok=True)
     begun, failed = out.with_suffix(".part"), out.with_suffix(".failed.json")
+    if failed.is_file() and not dry:
+        shutil.copy(failed, begun)  # it goes on from there
     words = {"out": str(begun), "work": str(work), "dry": "--dry" if dry else ""}
     command = [*python, *filter(None, (c.format(**words) for c in step.command))]
     started, log = time.monotonic(), out.with_suffix(".log")
@@ -144,7 +186,8 @@ def run_step(step: Step, work: Path, environment: dict[str, str], left: float, d
         lines = log.read_text(errors="replace").strip().splitlines()
         return f"failed ({code}) after {spent}: {lines[-1] if lines else 'no output'}"
     failed.unlink(missing_ok=True)
-    return f"ok, {spent}"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"ok, {spent}" + (f": {lines[-1][:100]}" if lines else "")
 
 
 def run_alone(
@@ -200,7 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(work / "dry", ignore_errors=True)
     environment = prepare(work, dry)
     said = {}
-    for step in steps(("slvit-tiny",) if dry else tuple(asked.models)):
+    found = steps(("slvit-tiny",) if dry else tuple(asked.models))
+    for step in found if dry else in_turn(found, work):
         said[step.name] = run_step(step, work, environment, until - time.monotonic(), dry)
         print(f"{step.name:<24} {said[step.name]}", flush=True)
         if not dry:

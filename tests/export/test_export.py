@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
+from refedge.cli import main
+from refedge.export import export as module
 from refedge.export.graph import GraphIndex
 from refedge.export.lint import lint
 from refedge.runtime.bundle import open_bundle
@@ -152,3 +155,17 @@ def test_onnx_reads_the_files_back(bundle: Path) -> None:
     """onnx itself can read the files back, weights and all."""
     for file in open_bundle(bundle).manifest.canonical.graphs.values():
         onnx.checker.check_model(str(bundle / file), full_check=True)
+
+
+def test_a_checkout_that_was_not_installed_is_of_an_unknown_version() -> None:
+    """So it runs on a GPU's machine, where only the files are."""
+    assert module._version("refedge-that-is-not-here") == "unknown"
+    assert module._version("numpy") == np.__version__
+
+
+def test_parity_may_be_left_to_another_machine(tmp_path: Path) -> None:
+    target = tmp_path / "o.refedge"
+    result = CliRunner().invoke(main, ["export", "slvit-tiny", "-o", str(target), "--no-parity"])
+    assert result.exit_code == 0, result.output
+    assert "measuring parity" not in result.output
+    assert open_bundle(target).manifest.parity == {}

@@ -4,7 +4,10 @@
 
 Every form runs inside one CUDA graph, over input sets that together do not fit the cache; figures
 are medians. ``copy`` moves as many bytes as the operator reads and writes, ``empty`` is a graph of
-as many kernels that do nothing. Without a GPU it says so and ends well.
+as many kernels that do nothing. RESULT is written after every row, and rows that it has already are
+not made again. What a driver refuses or torch cannot run is an error in its row; after one of ours
+the process ends, since nothing that it says then can be trusted, and the next one goes on behind
+it. Without a GPU it says so and ends well.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +60,51 @@ def main() -> None:
         print("no GPU: nothing was checked or timed")
         return
     kernels = Kernels()
-    record: dict[str, Any] = {
-        "schema": "refedge-gpu-kernels-1",
+    record: dict[str, Any] = {"checks": [], "timings": []}
+    if options.result.is_file():
+        record = json.loads(options.result.read_bytes())
+    record |= {
+        "schema": "refedge-gpu-kernels-2",
         "device": torch.cuda.get_device_name(),
         "architecture": kernels.architecture,
         "torch": torch.__version__,
-        "checks": list(checks(kernels, HARD if options.small else {**SHAPES, **HARD})),
-        "timings": [],
     }
-    options.result.write_text(json.dumps(record, indent=1) + "\n")
-    for row in () if options.check else timings(kernels):
-        record["timings"].append(row)
-        options.result.write_text(json.dumps(record, indent=1) + "\n")  # the step may be ended
-    bad = [c for c in record["checks"] if not c["good"]]
-    print(f"{len(record['checks'])} checks, {len(bad)} failed; wrote {options.result}")
-    sys.exit(1 if bad else 0)
+    shapes = HARD if options.small else {**SHAPES, **HARD}
+    add(record, "checks", [(n, d) for d in BARS for n in shapes], options.result,
+        lambda key: checks(kernels, key[0], shapes[key[0]], key[1]))  # fmt: skip
+    if not options.check:
+        # what bars are about comes first
+        rows = [(name, batch) for batch in ("one", "large", "eight") for name in SHAPES]
+        add(record, "timings", rows, options.result, lambda key: timing(kernels, *key))
+    bad = [c for c in record["checks"] if not c.get("good")]
+    print(f"{len(record['checks'])} checks, {len(bad)} failed, {len(record['timings'])} timings")
+
+
+def add(
+    record: dict[str, Any],
+    kind: str,
+    keys: list[tuple[str, str]],
+    result: Path,
+    make_row: Callable[[tuple[str, str]], dict[str, Any]],
+) -> None:
+    """Make the rows that are not there yet; ends the process after an error of the device."""
+    there = {tuple(row["key"]) for row in record[kind]}
+    for key in keys:
+        if key in there:
+            continue
+        try:
+            row, failed = make_row(key), False
+        except Exception as error:
+            row, failed = {"error": f"{type(error).__name__}: {error}"[:500]}, True
+        record[kind].append({"key": key, **row})
+        result.write_text(json.dumps(record, indent=1) + "\n")  # the step may be ended
+        print(*key, row.get("error") or row.get("errors") or short(row["us"]), flush=True)
+        if failed:
+            sys.exit(1)
+
+
+def short(us: dict[str, Any]) -> dict[str, float]:
+    return {name: round(each["median"], 1) for name, each in us.items() if "median" in each}
 
 
 def on_device(operator: str, feeds: list[np.ndarray], dtype: torch.dtype) -> tuple[Any, Any, Any]:
@@ -88,59 +121,63 @@ def on_device(operator: str, feeds: list[np.ndarray], dtype: torch.dtype) -> tup
     return sizes, given, made
 
 
-def checks(kernels: Kernels, shapes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every shape in every type, cubins and PTX: the error against float64; twice, equal bits."""
-    for name, (operator, *sizes) in shapes.items():
-        feeds = make(operator, (2, *sizes), seed=len(name))
-        for dtype, bar in BARS.items():
-            call, given, made = on_device(operator, feeds, getattr(torch, dtype))
-            ways = {
-                "cubin": (kernels.prepare(operator, call, given, made)[0], made),
-                "ptx": kernels.prepare_chain(operator, given),
-            }
-            values = wanted(operator, feeds, dtype)
-            for way, (run, found) in ways.items():
-                run()
-                torch.cuda.synchronize()
-                first = [t.clone() for t in found]
-                run()
-                torch.cuda.synchronize()
-                same = all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
-                errors = [
-                    float(np.linalg.norm(t.double().cpu().numpy() - v) / np.linalg.norm(v))
-                    for t, v in zip(found, values, strict=True)
-                ]
-                good = same and all(e <= bar for e in errors)  # NaN is not
-                row = {"shape": name, "dtype": dtype, "kernels": way}
-                yield {**row, "errors": errors, "same": same, "good": good}
-                print(f"{name:11} {dtype:9} {way:5} {max(errors):.1e} {'' if good else 'BAD'}")
+def checks(kernels: Kernels, name: str, shape: Any, dtype: str) -> dict[str, Any]:
+    """Cubins and PTX of a shape in a type: errors against float64; run twice, equal bits."""
+    operator, *sizes = shape
+    feeds = make(operator, (2, *sizes), seed=len(name))
+    call, given, made = on_device(operator, feeds, getattr(torch, dtype))
+    ways = {
+        "cubin": (kernels.prepare(operator, call, given, made)[0], made),
+        "ptx": kernels.prepare_chain(operator, given),
+    }
+    values = wanted(operator, feeds, dtype)
+    errors, same = {}, True
+    for way, (run, found) in ways.items():
+        run()
+        torch.cuda.synchronize()
+        first = [t.clone() for t in found]
+        run()
+        torch.cuda.synchronize()
+        same = same and all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+        errors[way] = [
+            float(np.linalg.norm(t.double().cpu().numpy() - v) / np.linalg.norm(v))
+            for t, v in zip(found, values, strict=True)
+        ]
+    bar = BARS[dtype]
+    good = same and all(e <= bar for each in errors.values() for e in each)  # NaN is not
+    return {"errors": errors, "bar": bar, "same": same, "good": good}
 
 
-def timings(kernels: Kernels, dtype: torch.dtype = torch.float16) -> Iterator[dict[str, Any]]:
-    for name, (operator, *sizes) in SHAPES.items():
-        once, twice = (traffic(operator, (b, *sizes), dtype) for b in (1, 2))
-        for batch in (1, 8, max(2, 1 + -(-(LARGE - once) // (twice - once)))):
-            torch._dynamo.reset()  # it compiles a function eight times, then no more
-            moved = traffic(operator, (batch, *sizes), dtype)
-            sets = max(2, min(64, 2 * torch.cuda.get_device_properties(0).L2_cache_size // moved))
-            prepared, given = [], []
-            for seed in range(sets):
-                feeds = make(operator, (batch, *sizes), seed, padded=False)
-                call, tensors, made = on_device(operator, feeds, dtype)
-                prepared.append((kernels.prepare(operator, call, tensors, made), made))
-                given.append(tensors)
-            launches = prepared[0][0][1]
-            forms: dict[str, Form] = {"fused": lambda i, p=prepared: p[i][0][0]()}
-            forms |= others(operator, given)
-            half = moved // 2
-            source = torch.empty(sets, -(-half // 256) * 256, dtype=torch.uint8, device="cuda")
-            target, one = torch.empty_like(source), torch.zeros(1, device="cuda")
-            forms["copy"] = lambda i, s=source[:, :half], t=target[:, :half]: t[i].copy_(s[i])
-            forms["empty"] = lambda i, o=one, n=launches: [o.zero_() for _ in range(n)]
-            row = {"shape": name, "batch": batch, "bytes": moved, "kernels": launches}
-            row["us"] = {form: timed(f, sets) for form, f in forms.items()}
-            print(name, batch, {k: round(v["median"], 1) for k, v in row["us"].items()})
-            yield row
+def timing(
+    kernels: Kernels, name: str, many: str, dtype: torch.dtype = torch.float16
+) -> dict[str, Any]:
+    """Microseconds of each form of a shape: one expression, eight, or 64 MB and more."""
+    operator, *sizes = SHAPES[name]
+    once, twice = (traffic(operator, (b, *sizes), dtype) for b in (1, 2))
+    large = max(2, 1 + -(-(LARGE - once) // (twice - once)))
+    batch = {"one": 1, "eight": 8, "large": large}[many]
+    torch._dynamo.reset()  # it compiles a function eight times, then no more
+    moved = traffic(operator, (batch, *sizes), dtype)
+    sets = max(2, min(64, 2 * torch.cuda.get_device_properties(0).L2_cache_size // moved))
+    prepared, given = [], []
+    for seed in range(sets):
+        feeds = make(operator, (batch, *sizes), seed, padded=False)
+        call, tensors, made = on_device(operator, feeds, dtype)
+        prepared.append((kernels.prepare(operator, call, tensors, made), made))
+        given.append(tensors)
+    launches = prepared[0][0][1]
+    half = moved // 2
+    source = torch.empty(sets, -(-half // 256) * 256, dtype=torch.uint8, device="cuda")
+    target, one = torch.empty_like(source), torch.zeros(1, device="cuda")
+    ours: dict[str, Form] = {
+        "fused": lambda i: prepared[i][0][0](),
+        "copy": lambda i: target[i, :half].copy_(source[i, :half]),
+        "empty": lambda i: [one.zero_() for _ in range(launches)],
+    }
+    us: dict[str, Any] = {form: timed(f, sets) for form, f in ours.items()}
+    theirs = others(operator, given, compiled=many != "eight")
+    us |= {form: tried(f, sets) for form, f in theirs.items()}
+    return {"shape": name, "batch": batch, "bytes": moved, "kernels": launches, "us": us}
 
 
 def traffic(operator: str, sizes: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -154,14 +191,18 @@ def traffic(operator: str, sizes: tuple[int, ...], dtype: torch.dtype) -> int:
     return batch * (read + wrote) + gate * size
 
 
-def others(operator: str, given: list[list[Any]]) -> dict[str, Form]:
-    """The folded operator by torch, and the block as it was before folding, each also compiled."""
+def others(operator: str, given: list[list[Any]], *, compiled: bool) -> dict[str, Form]:
+    """The folded operator by torch, and the block as it was before folding, each also compiled.
+
+    ``sdpa`` gets its inputs as the model has them, ``sdpa, laid out`` with the last dimension
+    contiguous, which torch's fused kernels ask for, without the time that takes.
+    """
     folded = {
         "CrossAttention": torch_op.cross_attention,
         "NormAttention": torch_op.norm_attention,
         "MutualAttention": torch_op.mutual_attention,
     }[operator]
-    chains: dict[str, Callable[..., Any]] = {"folded": folded}
+    chains: dict[str, tuple[Callable[..., Any], list[list[Any]]]] = {"folded": (folded, given)}
     if operator == "NormAttention":
         project = torch.randn_like(given[0][4]) / given[0][4].shape[0] ** 0.5
 
@@ -171,31 +212,43 @@ def others(operator: str, given: list[list[Any]]) -> dict[str, Form]:
 
         def attention(q: Any, k: Any, v: Any, words: Any, first: Any, second: Any) -> Any:
             seen = F.scaled_dot_product_attention(
-                q.mT[:, None], k[:, None], v.mT[:, None], words[:, None, None], scale=1.0
+                q[:, None], k[:, None], v[:, None], words[:, None, None], scale=1.0
             )
             return gated(F.instance_norm(project @ seen[:, 0].mT), first, second)
 
-        chains |= {"unfused": unfused, "sdpa": attention}
+        turned = [[q.mT, k, v.mT, *more] for q, k, v, *more in given]
+        laid = [[q.contiguous(), k, v.contiguous(), *more] for q, k, v, *more in turned]
+        chains |= {"unfused": (unfused, given), "sdpa": (attention, turned)}
+        chains["sdpa, laid out"] = (attention, laid)
     if operator == "CrossAttention":
 
         def heads(x: Any, keys: Any, values: Any, words: Any, offset: Any) -> Any:
-            wide = x[:, None].expand(-1, keys.shape[2], -1, -1)
+            wide = x[:, None].expand(-1, keys.shape[1], -1, -1)
             shift = offset.masked_fill(~words[:, None], -torch.inf)[:, :, None]
-            return F.scaled_dot_product_attention(
-                wide, keys.permute(0, 2, 3, 1), values, shift, scale=1.0
-            ).sum(1)
+            return F.scaled_dot_product_attention(wide, keys, values, shift, scale=1.0).sum(1)
 
-        chains["sdpa"] = heads
+        turned = [[x, keys.permute(0, 2, 3, 1), *more] for x, keys, *more in given]
+        laid = [[x, keys.contiguous(), *more] for x, keys, *more in turned]
+        chains |= {"sdpa": (heads, turned), "sdpa, laid out": (heads, laid)}
     forms: dict[str, Form] = {}
-    for name, chain in chains.items():
-        forms[name] = lambda i, f=chain: f(*given[i])
-        fast = torch.compile(chain, dynamic=False)
-        forms[f"{name}, compiled"] = lambda i, f=fast: f(*given[i])
+    for name, (chain, inputs) in chains.items():
+        forms[name] = lambda i, f=chain, x=inputs: f(*x[i])
+        if compiled:
+            fast = torch.compile(chain, dynamic=False)
+            forms[f"{name}, compiled"] = lambda i, f=fast, x=inputs: f(*x[i])
     return forms
 
 
 def gated(found: Any, first: Any, second: Any) -> Any:
     return torch.tanh(second @ torch.relu(first @ found)) * found
+
+
+def tried(form: Form, sets: int) -> dict[str, Any]:
+    """Of torch's own: where one fails, the others are worth having."""
+    try:
+        return timed(form, sets)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def timed(form: Form, sets: int, repeats: int = 30) -> dict[str, float]:
