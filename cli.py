@@ -23,6 +23,7 @@ from .cli_weights import convert, export, models, train
 from .errors import RefedgeError, RefedgeWarning
 
 Item = TypeVar("Item")
+_TRACING = "torch transformers safetensors onnx onnxscript"  # what needs one needs them all
 _METHODS = ("minmax", "percentile", "entropy", "mse")
 
 
@@ -41,9 +42,11 @@ class _Group(click.Group):
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("refedge"):
                 raise
+            package, verb = error.name.partition(".")[0], ctx.invoked_subcommand
+            more = ", or leave PyTorch out: --no-torch" if verb == "bench" else ""
             click.echo(
-                f"error [package-missing] {error.name} is not installed\n"
-                f"  why: this verb needs it\n  fix: pip install 'refedge[export]'",
+                f"error [package-missing] {package} is not installed\n  why: {verb} needs it\n"
+                f"  fix: pip install {_TRACING if package in _TRACING.split() else package}{more}",
                 err=True,
             )
             ctx.exit(2)
@@ -103,7 +106,7 @@ def run(
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--plan", default="int8", show_default=True, help="int8, fp16, or naive.")
-@click.option("--data", help="Calibration set, such as refshapes:calibration; int8 needs one.")
+@click.option("--data", help="Calibration set; none: add dialects to the plan that is there.")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of REFER's or own files.")
 @click.option("--method", default="mse", show_default=True, help=f"One of {', '.join(_METHODS)}.")
 @click.option("--samples", type=int, default=256, show_default=True)
@@ -138,7 +141,8 @@ def quantize(
     )
     shares = (f"{part} {100 * s:.1f} %" for part, s in made.notes.get("int8_macs", {}).items())
     work = f", conv/linear MACs in int8: {', '.join(shares)}" if made.notes else ""
-    click.echo(f"{bundle.name} has the plan {made.name} in {', '.join(dialects)}{work}")
+    held = [d.name for d in manifest.dialects if d.plan == made.name]
+    click.echo(f"{bundle.name} has the plan {made.name} in {', '.join(held)}{work}")
     click.echo(f"plans: fp32, {', '.join(manifest.plans)}")
 
 
@@ -150,6 +154,7 @@ def quantize(
 @click.option("--protocol", help="Default: the bundle's own.")
 @click.option("--limit", "--scenes", type=int, help="Only the first so many scenes or pictures.")
 @click.option("--threads", type=int, help="Threads per operator.")
+@click.option("--backend", default="auto", show_default=True, help="Of all plans but fp32.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--report", type=click.Path(path_type=Path), help="HTML page to write.")
 @click.option("--bench", type=click.Path(path_type=Path), help="Result of bench, for the page.")
@@ -161,6 +166,7 @@ def evaluate(
     protocol: str | None,
     limit: int | None,
     threads: int | None,
+    backend: str,
     output: Path | None,
     report: Path | None,
     bench: Path | None,
@@ -174,7 +180,7 @@ def evaluate(
     from .runtime.files import write_json
 
     speed = None if bench is None else read_bench(bench)
-    segmenters = open_plans(bundle, plans, threads)
+    segmenters = open_plans(bundle, plans, threads, backend)
     manifest = next(iter(segmenters.values())).manifest
     rules = protocol_named(protocol or manifest.protocol)
     items = open_items(data, manifest.preprocess, rules, root=root, limit=limit)
@@ -202,6 +208,7 @@ def evaluate(
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads per operator.")
 @click.option("--rounds", type=int, default=30, show_default=True, help="Samples of each.")
 @click.option("--expressions", type=int, help="So many about one picture, together or singly.")
+@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, …")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file to write.")
 def bench(
     bundle: Path,
@@ -211,6 +218,7 @@ def bench(
     threads: int,
     rounds: int,
     expressions: int | None,
+    backend: str,
     output: Path | None,
 ) -> None:
     """Time the plans of BUNDLE and PyTorch eager, interleaved in one run."""
@@ -223,6 +231,7 @@ def bench(
             plans=plans or None,
             threads=threads,
             rounds=rounds,
+            backend=backend,
             progress=_progress("timing"),
         )
         print_table(f"{expressions} expressions about one picture", *scene.table(times))
@@ -238,6 +247,7 @@ def bench(
         torch_model=(model or True) if torch else None,
         threads=threads,
         rounds=rounds,
+        backend=backend,
         progress=_progress("timing"),
     )
     for title, header, rows in table(result):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..data.items import Bools, Item, Items, Query
 from ..data.protocols import Meter, Protocol, Scores
-from ..errors import DataError
+from ..errors import BackendError, DataError
 from ..runtime.masks import iou, resize_logits
 from ..runtime.plan import decode_plan
 from ..runtime.segmenter import Segmenter, load
@@ -119,12 +119,24 @@ class Accuracy:
         return {"schema": SCHEMA, **plain, "device": describe()}
 
 
-def open_plans(path: Path, plans: Sequence[str], threads: int | None) -> dict[str, Segmenter]:
-    """Segmenters by plan, fp32 first: the named plans, or all that the bundle has."""
-    reference = load(path, threads=threads)
-    wanted = plans or tuple(reference.manifest.plans)
-    others = {name: load(path, plan=name, threads=threads) for name in wanted if name != REFERENCE}
-    return {REFERENCE: reference, **others}
+def open_plans(
+    path: Path, plans: Sequence[str], threads: int | None, backend: str = "auto"
+) -> dict[str, Segmenter]:
+    """Segmenters by plan, fp32 first: the named plans, or all that the bundle has.
+
+    The reference runs where it can, whatever the backend of the others. On a board that has engines
+    and no ONNX Runtime there may be none: then named plans are scored without one.
+    """
+    opened: dict[str, Segmenter] = {}
+    try:
+        opened[REFERENCE] = load(path, threads=threads)
+    except BackendError as error:
+        if error.code != "backend-missing" or not plans or REFERENCE in plans:
+            raise
+    wanted = plans or tuple(opened[REFERENCE].manifest.plans)
+    for name in (name for name in wanted if name != REFERENCE):
+        opened[name] = load(path, plan=name, threads=threads, backend=backend)
+    return opened
 
 
 def evaluate(

@@ -110,6 +110,7 @@ def bench(
     torch_model: bool | str | None = True,
     threads: int = 1,
     rounds: int = 30,
+    backend: str = "auto",
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Bench:
     """Time plans of a bundle and the PyTorch model it was exported from, turn by turn.
@@ -119,6 +120,7 @@ def bench(
                  takes it, or None for plans alone, which needs no torch installed.
     threads:     per operator, of ONNX Runtime and of torch.
     rounds:      samples of each; fewer than 8 cannot show that a timing is stable.
+    backend:     of the plans, as ``refedge.load`` takes it.
     Raises BundleError ``bench-model`` or CheckpointError ``bench-checkpoint`` where the PyTorch
     model is not known or another one, and what ``refedge.load`` raises.
     """
@@ -134,7 +136,7 @@ def bench(
         warnings.simplefilter("ignore", RefedgeWarning)  # words unknown to an open vocabulary
         bundle = open_bundle(path)
         names = plans or (REFERENCE, *bundle.manifest.plans)
-        loaded = {name: load(path, plan=name, threads=threads) for name in names}
+        loaded = {n: load(path, plan=n, threads=threads, backend=backend) for n in names}
         runners: dict[str, Runner] = {}
         original = None
         if torch_model:
@@ -150,7 +152,7 @@ def bench(
             found = footprint(path, TORCH, threads, original.name)
             contestants.append(_of_torch(original, samples[TORCH], found))
         for name, segmenter in loaded.items():
-            found = footprint(path, name, threads)
+            found = footprint(path, name, threads, backend=backend)
             contestants.append(_of_plan(segmenter, samples[name], found))
     spec = bundle.manifest.preprocess
     settings = {

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.refshapes.dataset import RefShapes
+from ..runtime.bundle import open_bundle
 from ..runtime.files import write_json
 from ..runtime.segmenter import Segmenter, load
 from .accuracy import REFERENCE, artefacts
@@ -53,18 +54,19 @@ def scene_times(
     plans: Sequence[str] | None = None,
     threads: int = 1,
     rounds: int = 15,
+    backend: str = "auto",
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[SceneTimes]:
     """Time ``count`` expressions of RefShapes' test scenes about one picture, plan by plan."""
-    reference = load(path, threads=threads)
-    names = plans or (REFERENCE, *reference.manifest.plans)
-    size = reference.manifest.preprocess.height
+    manifest = open_bundle(path).manifest
+    names = plans or (REFERENCE, *manifest.plans)
+    size = manifest.preprocess.height
     samples = RefShapes("test", size=min(4096, 2 * size), scenes=SEED + count)
     photo = samples[SEED].image
     texts = [e.text for sample in samples for e in sample.expressions][:count]
     found = []
     for name in names:
-        segmenter = load(path, plan=name, threads=threads)
+        segmenter = load(path, plan=name, threads=threads, backend=backend)
         runs = {kind: partial(_clocked, kind, segmenter, photo, texts) for kind in KINDS}
         for run in runs.values():
             warm_up(run)
@@ -86,7 +88,7 @@ def scene_times(
 
 def write_scene_times(times: Sequence[SceneTimes], path: Path, bundle: Path, count: int) -> None:
     """Write the record."""
-    manifest = load(bundle).manifest
+    manifest = open_bundle(bundle).manifest
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "model": manifest.model,

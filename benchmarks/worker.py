@@ -1,13 +1,14 @@
 """Load time and peak memory of one contestant, each in a process of its own.
 
-    python -m refedge.benchmarks.worker BUNDLE PLAN THREADS [MODEL]
+    python -m refedge.benchmarks.worker BUNDLE PLAN THREADS [NAME]
 
 prints ``{"load_ms": ..., "peak_rss": ...}``; PLAN ``torch`` runs the PyTorch model, found by the
-bundle's provenance or by its name MODEL.
+bundle's provenance or by its NAME; for another plan, NAME is the backend.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -35,12 +36,15 @@ class Footprint:
     peak_rss: int
 
 
-def footprint(bundle: Path, plan: str, threads: int, model: str | None = None) -> Footprint:
+def footprint(
+    bundle: Path, plan: str, threads: int, model: str | None = None, *, backend: str = "auto"
+) -> Footprint:
     """Start a worker and wait for it; raises BackendError ``bench-worker`` if it fails."""
+    from .contestants import TORCH
+
     command = [sys.executable, "-m", __name__, str(bundle), plan, str(threads)]
-    done = subprocess.run(
-        command + ([model] if model else []), capture_output=True, text=True, check=False
-    )
+    more = [model] if model else [] if plan == TORCH else [backend]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
     try:
         if done.returncode:
             raise ValueError
@@ -52,35 +56,39 @@ def footprint(bundle: Path, plan: str, threads: int, model: str | None = None) -
             "bench-worker",
             f"the process that measures load time and memory of {plan!r} failed",
             why=f"exit code {done.returncode}: {reason.strip()}",
-            fix="run `python -m refedge.benchmarks.worker BUNDLE PLAN THREADS` to see all of it",
+            fix="run `python -m refedge.benchmarks.worker BUNDLE PLAN THREADS NAME` to see all",
         ) from error
 
 
 def main(arguments: Sequence[str]) -> None:
     """Load, run once, print."""
-    bundle, plan, threads, *model = arguments
+    bundle, plan, threads, *name = arguments
     warnings.simplefilter("ignore", RefedgeWarning)
-    found = _measure(Path(bundle), plan, int(threads), model[0] if model else None)
+    found = _measure(Path(bundle), plan, int(threads), name[0] if name else None)
     print(json.dumps({"load_ms": found.load_ms, "peak_rss": found.peak_rss}))
 
 
-def _measure(path: Path, plan: str, threads: int, model: str | None) -> Footprint:
+def _measure(path: Path, plan: str, threads: int, name: str | None) -> Footprint:
     from .contestants import TORCH
     from .timing import run_once, task_for
 
-    runner, load_ms = _torch(path, threads, model) if plan == TORCH else _plan(path, plan, threads)
+    if plan == TORCH:
+        runner, load_ms = _torch(path, threads, name)
+    else:
+        runner, load_ms = _plan(path, plan, threads, name or "auto")
     run_once(runner, task_for(runner.bundle.manifest), 0, cached=False)
     return Footprint(load_ms, peak_rss())
 
 
-def _plan(path: Path, plan: str, threads: int) -> tuple[Any, float]:
-    import onnxruntime  # noqa: F401  so that its import is not timed
+def _plan(path: Path, plan: str, threads: int, backend: str) -> tuple[Any, float]:
+    with contextlib.suppress(ImportError):  # a board with engines may do without
+        import onnxruntime  # noqa: F401  so that its import is not timed
 
     from ..runtime.segmenter import load
     from .contestants import PlanRunner
 
     started = time.perf_counter()
-    runner = PlanRunner(load(path, plan=plan, threads=threads))
+    runner = PlanRunner(load(path, plan=plan, threads=threads, backend=backend))
     return runner, (time.perf_counter() - started) * 1e3
 
 

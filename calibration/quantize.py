@@ -21,7 +21,7 @@ from ..export.equalize import equalize
 from ..export.graph import GraphIndex
 from ..runtime.bundle import Bundle, open_bundle
 from ..runtime.manifest import Manifest
-from ..runtime.plan import Calibration, ChannelScale, PartPlan, Plan, WeightScale
+from ..runtime.plan import Calibration, ChannelScale, PartPlan, Plan, WeightScale, decode_plan
 from ..runtime.segmenter import load
 from .equalization import SAMPLES as CHANNEL_SAMPLES
 from .equalization import channel_scales
@@ -58,7 +58,8 @@ def quantize(
 
     plan:    ``fp16``, ``int8``, or ``naive`` (every tensor in int8, for contrast).
     data:    calibration set such as ``refshapes:calibration`` or ``refcoco:train`` (under
-             ``root``); int8 needs one.
+             ``root``); int8 needs one. Without it a plan that the bundle has is written in more
+             dialects, as it is.
     samples: image-expression pairs to see, spread over all families.
     spare:   share of the multiply-accumulates that may stay in float, where int8 hurts most; None
              is 0.1 for trained weights and 0 for others, whose masks mean nothing. At 0 nothing
@@ -70,14 +71,13 @@ def quantize(
     _require_one_of("rest", rest, RESTS)
     require_dialects(dialects)  # before the minutes of calibration, not after
     bundle = open_bundle(path)
-    made = (
-        half_plan(bundle)
-        if plan == "fp16"
-        else calibrated_plan(
-            bundle, plan, data, root, method, samples, _spare(bundle, spare), progress or _silently
-        )
-    )
-    if plan != "fp16":
+    if plan == "fp16":
+        made = half_plan(bundle)
+    elif data is None and plan in bundle.manifest.plans:
+        made = decode_plan(bundle.file(bundle.manifest.plans[plan]).read_bytes())
+    else:
+        share, shown = _spare(bundle, spare), progress or _silently
+        made = calibrated_plan(bundle, plan, data, root, method, samples, share, shown)
         made = replace(made, rest=rest)
     return made, apply_plan(path, made, dialects)
 

@@ -46,7 +46,7 @@ def pycocotools() -> ModuleType:
             "package-missing",
             "pycocotools is not installed",
             why="the masks of COCO datasets are decoded by it, as in the published evaluations",
-            fix="pip install 'refedge[bench]'",
+            fix="pip install pycocotools",
         ) from error
     found: ModuleType = mask
     return found

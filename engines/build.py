@@ -40,7 +40,7 @@ from ..runtime.engine import (
     decode_engines,
     encode_engines,
 )
-from ..runtime.files import write_atomically
+from ..runtime.files import make_folder, write_atomically
 from ..runtime.manifest import PartSpec
 from .layers import Inspection, inspect_layers, read_layers, require_plan
 from .part import Options, PartResult, PartTask, Shapes
@@ -95,7 +95,7 @@ def build(
         sources.append(source_of(bundle, plan, dialect_of(trt.__version__)))
     root = bundle.path / FOLDER / here.name
     folder = root / plan
-    _make(folder)
+    make_folder(folder)
     with _only_one(root / "build.lock"):
         record = EngineSet(
             plan,
@@ -270,18 +270,6 @@ def _kept(folder: Path, record: EngineSet) -> dict[str, EngineSpec]:
     fit = {name: spec for name, spec in old.parts.items() if spec.stripped or not strip}
     whole = {name: spec for name, spec in fit.items() if (folder / spec.file).is_file()}
     return {n: s for n, s in whole.items() if sha256_of(folder / s.file) == s.sha256}
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            "output-unwritable",
-            f"{folder} cannot be made",
-            why=error.strerror or str(error),
-            fix="put the bundle where you may write; engines lie beside its files",
-        ) from error
 
 
 def _copied(library: Path, folder: Path) -> str:

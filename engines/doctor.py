@@ -24,11 +24,10 @@ from .tensorrt import dialect_of
 _SECONDS = 5.0  # that a helper program may take
 _CORE = ("numpy", "pillow", "tokenizers", "msgspec", "click", "rich")
 _EXTRAS = {
-    "onnxruntime": ("runs bundles on the CPU", "pip install 'refedge[cpu]'"),
-    "openvino": ("runs bundles on x86", "pip install 'refedge[openvino]'"),
-    "pycuda": ("runs engines", "pip install 'refedge[tensorrt]' (needs CUDA's headers and g++)"),
-    "torch": ("exports models", "pip install 'refedge[export]', on a workstation"),
-    "onnx": ("exports and quantizes", "pip install 'refedge[export]', on a workstation"),
+    "onnxruntime": ("runs bundles on the CPU", "pip install onnxruntime"),
+    "pycuda": ("runs engines", "pip install 'pycuda>=2024.1' (needs CUDA's headers and g++)"),
+    "torch": ("exports models", "pip install torch transformers safetensors, on a workstation"),
+    "onnx": ("exports and quantizes", "pip install onnx onnxscript, on a workstation"),
 }
 _RELEASE = re.compile(r"R(\d+)[^,]*, REVISION: ([\d.]+)")
 _JETPACKS = {"36.2": "6.0 DP", "36.3": "6.0", "36.4": "6.1 or 6.2", "38": "7.0 or 7.1", "39": "7.2"}
@@ -167,7 +166,8 @@ def _power() -> list[Check]:
         return [Check("power", "note", "nvpmodel does not say", "sudo nvpmodel -q")]
     fix = (
         ""
-        if found[1] == "MAXN"
-        else "for the shortest times: sudo nvpmodel -m 0; sudo jetson_clocks"
+        if found[1].startswith("MAXN")
+        else "for the shortest times the mode that /etc/nvpmodel.conf calls MAXN…: "
+        "sudo nvpmodel -m ID; sudo jetson_clocks"
     )
     return [Check("power", "ok", f"mode {found[1]}", fix)]

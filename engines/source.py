@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import BundleError, InputError
+from ..errors import BundleError, InputError, RefedgeWarning
 from ..runtime.bundle import Bundle
 from ..runtime.manifest import DialectSpec, Manifest, PartSpec
 from ..runtime.plan import PartPlan, decode_plan
@@ -65,9 +66,9 @@ def source_of(bundle: Bundle, plan: str, dialect: str, *, fused: str = "") -> So
         found = bundle.dialect(names, plan)
     except BundleError as error:
         written = "fp16" if plan == "fp32" else plan
-        data = " --data refshapes:calibration" if plan == "int8" else ""
-        held = [d.name for d in manifest.dialects if d.plan == written]
-        words = " ".join(f"--dialect {name}" for name in dict.fromkeys(["ort", *held, dialect]))
+        new = plan == "int8" and plan not in manifest.plans
+        data = " --data refshapes:calibration" if new else ""
+        words = f"--dialect ort --dialect {dialect}"
         command = f"refedge quantize {bundle.path.name} --plan {written}{data} {words}"
         raise BundleError(
             error.code,
@@ -75,6 +76,12 @@ def source_of(bundle: Bundle, plan: str, dialect: str, *, fused: str = "") -> So
             why=error.why,
             fix=f"where onnx is installed: {command}",
         ) from error
+    if fused and found.name != f"{dialect}-{fused}":
+        message = (
+            f"{bundle.path.name} has no graphs of {plan} with nodes for refedge's plugins; "
+            f"`refedge quantize` with --dialect {dialect}-{fused} writes them for fp16 and int8"
+        )
+        warnings.warn(message, RefedgeWarning, stacklevel=3)
     if plan == "fp32":
         return Source(bundle, found, "fp32", {})
     made = decode_plan(bundle.file(manifest.plans[plan]).read_bytes())
@@ -105,6 +112,14 @@ def sizes_of(
     ``batch`` counts expressions (pictures in the image part), ``images`` the pictures that a mask
     part's expressions are about: usually one, at most the image part's largest batch.
     """
+    names = {p.name for p in manifest.parts}
+    if batches is not None and not names >= (said := _seen(batches).keys()):
+        raise InputError(
+            "engine-batches",
+            f"{batches} names {', '.join(sorted(said - names))}",
+            why=f"the bundle has the parts {', '.join(sorted(names))}",
+            fix="name the parts as the bundle does",
+        )
     sizes = {"batch": profile}
     image = next((p for p in manifest.parts if p.name == "image"), None)
     if image is not None:

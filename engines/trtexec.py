@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ..errors import EngineError
 from ..runtime.bundle import open_bundle
-from ..runtime.engine import FOLDER
 from .part import Options
 from .source import Source, profile_of, shapes_of, source_of
 from .tensorrt import dialect_of
@@ -35,6 +34,7 @@ def trtexec_lines(
             why="they are declared in Python",
             fix="build without --print-trtexec; trtexec --loadEngine runs what was built",
         )
+    _require(options, version)
     bundle = open_bundle(path)
     source = source_of(bundle, plan, dialect_of(version), fused="plugin" if plugins else "")
     lines = []
@@ -49,7 +49,7 @@ def trtexec_lines(
         words += [f"--dynamicPlugins={library}" for library in plugins]
         words += _options(options)
         words += [
-            f"--timingCacheFile={bundle.path / FOLDER / f'trtexec-{version}.cache'}",
+            f"--timingCacheFile=trtexec-{version}.cache",
             f"--saveEngine={part.name}.{plan}.engine",
             "--profilingVerbosity=detailed",
             f"--exportLayerInfo={part.name}.{plan}.layers.json",
@@ -75,6 +75,23 @@ def _precision(source: Source, part: str, version: str) -> list[str]:
         if pinned:
             words += ["--precisionConstraints=obey", f"--layerPrecisions={pinned}"]
     return [*words, "--tacticSources=-CUBLAS,-CUBLAS_LT,-CUDNN"]
+
+
+def _require(options: Options, version: str) -> None:
+    """What a build says of options that came later: trtexec of that version refuses them, too."""
+    found = tuple(int(n) for n in version.split(".")[:2] if n.isdigit())
+    late = {
+        "--strip": (options.strip, (10, 0)),
+        "--hardware same-cc": (options.hardware == "same-cc", (10, 13)),
+    }
+    for name, (asked, since) in late.items():
+        if asked and found < since:
+            raise EngineError(
+                "engine-option",
+                f"trtexec of TensorRT {version} has nothing for {name}",
+                why="the option came with a later version",
+                fix="print the lines without it",
+            )
 
 
 def _options(options: Options) -> list[str]:

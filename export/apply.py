@@ -1,6 +1,7 @@
 """Apply a plan to a bundle: one graph per part and dialect, into a new version of the folder.
 
-Everything the bundle held stays, byte for byte; an earlier plan of the same name is replaced.
+Everything the bundle held stays, byte for byte. An earlier plan of the same name is replaced, in
+all dialects that it had; the very same plan keeps those, and gets the new ones beside them.
 """
 
 from __future__ import annotations
@@ -23,13 +24,21 @@ from .weights import split_weights
 def apply_plan(path: Path, plan: Plan, dialects: Sequence[str] = ("ort",)) -> Manifest:
     """Write a plan and its dialects into a bundle; returns the new manifest.
 
+    dialects: those to write, besides what an earlier plan of that name had.
+
     Raises BundleError ``plan-graph`` for a plan of another graph, ExportError ``dialect-unknown``
     for a dialect that does not exist. The bundle is replaced as a whole, or not at all.
     """
     require_dialects(dialects)
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    kept = [d for d in manifest.dialects if d.plan != plan.name]
+    encoded, before = encode_plan(plan), manifest.plans.get(plan.name)
+    same = before is not None and bundle.file(before).read_bytes() == encoded
+    kept = [
+        d for d in manifest.dialects if d.plan != plan.name or (same and d.name not in dialects)
+    ]
+    held = [] if same else [d.name for d in manifest.dialects if d.plan == plan.name]
+    wanted = dict.fromkeys((*dialects, *held))
     needed = {manifest.tokenizer.file, *(f for n, f in manifest.plans.items() if n != plan.name)}
     for dialect in (manifest.canonical, *kept):
         needed |= {*dialect.graphs.values(), *dialect.files}
@@ -37,8 +46,8 @@ def apply_plan(path: Path, plan: Plan, dialects: Sequence[str] = ("ort",)) -> Ma
         for name in sorted(needed):
             writer.copy(name, bundle.file(name), manifest.files[name])
         plan_file = f"plans/{plan.name}.json"
-        writer.add(plan_file, encode_plan(plan))
-        added = [_add_dialect(writer, bundle, plan, name) for name in dialects]
+        writer.add(plan_file, encoded)
+        added = [_add_dialect(writer, bundle, plan, name) for name in wanted]
         plans = {**manifest.plans, plan.name: plan_file}
         return writer.commit(replace(manifest, plans=plans, dialects=(*kept, *added)))
 

@@ -22,6 +22,7 @@ from ..errors import BundleError
 from ..runtime.backends.engine_files import Engines
 from ..runtime.bundle import Bundle
 from ..runtime.engine import FOLDER, RECORD, decode_engines
+from ..runtime.files import make_folder
 from ..runtime.manifest import PartSpec, TensorSpec
 
 _TYPES = {
@@ -52,7 +53,7 @@ def write_repository(
         )
     stem = re.sub(r"[^a-z0-9]+", "_", bundle.path.stem.lower()).strip("_") or "refedge"
     parts = bundle.manifest.parts
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         folder = Path(scratch) / "repository"
         for part in parts:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineError
+from ..errors import EngineError, InputError
 
 _HERE = Path(__file__).parent
 _TABLE = _HERE / "kernels" / "cubins.json"
@@ -32,10 +32,18 @@ def build(folder: Path, headers: Path | None = None, compiler: str = "g++") -> P
 
     folder: where it goes, as ``librefedge_plugins-<sha256, 16 digits>.so``.
     headers: folder with NvInferRuntime.h; default: where the system's packages put it.
-    Raises EngineError: ``plugin-headers``, ``plugin-compiler``, ``plugin-kernels``.
+    Raises EngineError: ``plugin-headers``, ``plugin-compiler``, ``plugin-kernels``; InputError.
     """
     include = _headers(headers)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            "output-unwritable",
+            f"{folder} cannot be made",
+            why=error.strerror or str(error),
+            fix="choose a folder that you may write to",
+        ) from error
     with tempfile.TemporaryDirectory(dir=folder, prefix=".plugins.") as name:
         work = Path(name)
         lines = []

@@ -33,6 +33,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def make_folder(path: Path) -> None:
+    """With those above it; InputError ``output-unwritable``."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            "output-unwritable",
+            f"{path} cannot be made",
+            why=error.strerror or str(error),
+            fix="put it where you may write",
+        ) from error
+
+
 def write_png(image: Image.Image, path: Path) -> None:
     """Write a picture as PNG."""
     buffer = io.BytesIO()

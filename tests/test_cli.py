@@ -218,6 +218,24 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     result = refedge("export", "slvit-tiny")
     assert result.exit_code == 2
     assert "package-missing" in result.output
+    assert "pip install torch transformers" in result.output
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_bench_and_eval_take_a_backend(backend: str, bundle: Path) -> None:
+    bench = ["bench", bundle, "--no-torch", "--rounds", "1", "--backend", backend]
+    evaluate = ["eval", bundle, "--limit", "1", "--backend", backend]
+    if backend == "tensorrt":
+        refused(refedge(*bench), "backend-missing")
+        refused(refedge(*bench, "--expressions", "2"), "backend-missing")
+        return
+    assert refedge(*bench).exit_code == 0
+    assert refedge(*evaluate).exit_code == 0
+
+
+def test_folders_that_cannot_be_made(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(refedge("export", bundle, "--triton", tmp_path / "file" / "r"), "output-unwritable")
 
 
 def test_the_installed_command_answers() -> None:

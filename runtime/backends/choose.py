@@ -30,8 +30,14 @@ def choose_backend(
         )
     if name == "tensorrt":
         return _tensorrt(bundle, plan)
-    built = any((bundle.path / FOLDER).glob(f"*/{plan}/{RECORD}"))
-    if name == "auto" and built and dialect is None:
+    built = {file.parent.name for file in (bundle.path / FOLDER).glob(f"*/*/{RECORD}")}
+    if name == "auto" and built and plan not in built and dialect is None:
+        message = (
+            f"{bundle.path.name} has engines of {', '.join(sorted(built))}, none of {plan}; "
+            "ONNX Runtime runs instead"
+        )
+        warnings.warn(message, RefedgeWarning, stacklevel=4)
+    if name == "auto" and plan in built and dialect is None:
         try:
             return _tensorrt(bundle, plan)
         except BackendError as error:

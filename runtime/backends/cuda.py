@@ -193,7 +193,7 @@ class _Process:
                 "backend-missing",
                 "pycuda cannot be imported",
                 why=str(error),
-                fix="pip install 'refedge[tensorrt]'; an undefined symbol means that the driver "
+                fix="pip install 'pycuda>=2024.1'; an undefined symbol means that the driver "
                 "is too old for this pycuda",
             ) from error
         self.driver = pycuda.driver

@@ -119,7 +119,7 @@ def _import(provider: str) -> Any:
             "backend-missing",
             "ONNX Runtime is not installed",
             why=str(error),
-            fix="pip install 'refedge[cpu]'",
+            fix="pip install onnxruntime",
         ) from error
     if PROVIDERS[provider][0] not in onnxruntime.get_available_providers():
         raise _no_provider(provider, "it has " + ", ".join(onnxruntime.get_available_providers()))

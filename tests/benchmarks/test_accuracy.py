@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from refedge.benchmarks import accuracy as module
 from refedge.benchmarks.accuracy import (
     SHOWN,
     Accuracy,
@@ -20,7 +22,7 @@ from refedge.benchmarks.contestants import open_original
 from refedge.benchmarks.demo import gallery, torch_scores
 from refedge.data.items import Item, Items, open_items
 from refedge.data.protocols import PROTOCOLS
-from refedge.errors import DataError
+from refedge.errors import BackendError, DataError
 from refedge.runtime.manifest import PreprocessSpec
 from refedge.runtime.segmenter import load
 
@@ -164,3 +166,23 @@ def test_torch_and_bundle_score_alike(bundle: Path) -> None:
 def test_the_gallery_shows_every_family(bundle: Path, tmp_path: Path) -> None:
     path = gallery(load(bundle), tmp_path / "gallery.png", scenes=2)
     assert Image.open(path).size == (5 * 192, 2 * 222)
+
+
+def test_a_board_without_onnx_runtime_scores_what_it_names(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    real = module.load
+
+    def load(path: Path, plan: str = "fp32", **more: Any) -> Any:
+        asked.append((plan, more.get("backend", "auto")))
+        if plan == "fp32":
+            raise BackendError("backend-missing", "no", why="so", fix="so")
+        return real(path, plan=plan, threads=more["threads"])
+
+    monkeypatch.setattr(module, "load", load)
+    assert list(open_plans(quantized, ["int8"], None, "tensorrt")) == ["int8"]
+    assert asked == [("fp32", "auto"), ("int8", "tensorrt")]
+    for plans in ((), ("fp32", "int8")):
+        with pytest.raises(BackendError):
+            open_plans(quantized, plans, None)

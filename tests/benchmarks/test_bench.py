@@ -278,7 +278,7 @@ def result(bundle: Path) -> Iterator[Bench]:
     """torch and fp32, three rounds; torch's worker is replaced, because its imports take long."""
     real = worker.footprint
 
-    def footprint(path: Path, plan: str, threads: int, model: str | None = None) -> Any:
+    def footprint(path: Path, plan: str, threads: int, model: Any = None, **more: str) -> Any:
         if plan == "torch":
             assert model == "slvit-tiny"
             return worker.Footprint(12.5, 345_000_000)
@@ -444,7 +444,7 @@ def test_a_result_that_is_not_whole_is_refused(written: Path, name: str) -> None
 
 
 def test_progress_sees_the_rounds(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "footprint", lambda *_: worker.Footprint(1.0, 1))
+    monkeypatch.setattr(module, "footprint", lambda *_, **__: worker.Footprint(1.0, 1))
     seen: list[int] = []
 
     def watch(rounds: Iterable[int]) -> Iterator[int]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ from refedge.calibration.placement import weighted_macs
 from refedge.calibration.quantize import _unify, quantize
 from refedge.calibration.sensitivity import Arrays
 from refedge.data.refshapes.dataset import RefShapes
-from refedge.errors import RefedgeError
+from refedge.errors import DataError, RefedgeError
+from refedge.export.dialects import write_dialect
 from refedge.export.graph import GraphIndex
+from refedge.export.weights import split_weights
 from refedge.runtime.bundle import open_bundle
-from refedge.runtime.plan import PartPlan, Plan, decode_plan
+from refedge.runtime.plan import PartPlan, Plan, decode_plan, encode_plan
 from refedge.runtime.segmenter import load
 
 CALIBRATION = "refshapes:calibration"
@@ -182,8 +183,7 @@ def test_a_plan_is_replaced_and_the_rest_is_kept(own_bundle: Path) -> None:
     opened = open_bundle(own_bundle)
     after = contents(own_bundle)
     assert after["plans/int8.json"] != first["plans/int8.json"]
-    assert [d.name for d in opened.manifest.dialects if d.plan == "int8"] == ["ort"]
-    assert not [n for n in after if ".trt8." in n]
+    assert [d.name for d in opened.manifest.dialects if d.plan == "int8"] == ["ort", "trt8"]
     # nothing of the first int8 is left, and all else is there byte for byte
     assert set(after) == {"manifest.json", *opened.manifest.files}
     for name, raw in before.items():
@@ -191,13 +191,44 @@ def test_a_plan_is_replaced_and_the_rest_is_kept(own_bundle: Path) -> None:
     gained = sorted(set(after) - set(before))
     assert [n for n in gained if not n.endswith(".weights")] == [
         "graphs/mask.ort.int8.onnx",
+        "graphs/mask.trt8.int8.onnx",
+        "graphs/mask.trt8.int8.onnx.layers.json",
         "graphs/text.ort.int8.onnx",
+        "graphs/text.trt8.int8.onnx",
+        "graphs/text.trt8.int8.onnx.layers.json",
         "plans/int8.json",
     ]
-    assert Counter(n.split("-")[0] for n in gained if n.endswith(".weights")) == {
-        "graphs/mask": 1,
-        "graphs/text": 1,
-    }
+    old = {n for n in first if n.endswith(".weights")} - set(before)
+    new = {n for n in gained if n.endswith(".weights")}
+    assert not {n for n in old & new if n.startswith("graphs/mask")}, "other scales, other weights"
+
+
+def test_a_plan_that_is_there_gets_more_dialects(own_bundle: Path) -> None:
+    made, _ = quantize(
+        own_bundle, "int8", data=CALIBRATION, samples=1, spare=0.0, dialects=("ort", "trt8")
+    )
+    before = contents(own_bundle)
+    again, manifest = quantize(own_bundle, "int8", dialects=("ort", "trt10"))
+    after = contents(own_bundle)
+    assert again == made
+    assert [d.name for d in manifest.dialects if d.plan == "int8"] == ["trt8", "ort", "trt10"]
+    kept = [n for n in before if n != "manifest.json"]
+    assert all(after[n] == before[n] for n in kept), "written again or not: engines stay valid"
+    with pytest.raises(DataError):  # there is no naive plan yet
+        quantize(own_bundle, "naive", dialects=("ort",))
+
+
+def test_a_plan_that_comes_from_its_file_writes_the_same_graphs(quantized: Path) -> None:
+    opened = open_bundle(quantized)
+    raw = opened.file(opened.manifest.plans["int8"]).read_bytes()
+    assert encode_plan(decode_plan(raw)) == raw
+    plan = decode_plan(raw)
+    held = opened.dialect(["trt10"], "int8")
+    for part, file in held.graphs.items():
+        model = onnx.load(opened.file(opened.manifest.canonical.graphs[part]))
+        written, _, _ = write_dialect(model, "trt10", plan, plan.parts[part])
+        split_weights(written)
+        assert written.SerializeToString(deterministic=True) == opened.file(file).read_bytes()
 
 
 def scores(bundle: Path) -> dict[str, set[str]]:

@@ -26,7 +26,7 @@ from refedge.engines.part import Options, PartResult, PartTask
 from refedge.engines.race import RaceTask
 from refedge.engines.source import profile_of, shapes_of, source_of
 from refedge.engines.trtexec import trtexec_lines
-from refedge.errors import BundleError, EngineError, InputError
+from refedge.errors import BundleError, EngineError, InputError, RefedgeWarning
 from refedge.runtime.backends.engine_files import Engines
 from refedge.runtime.bundle import open_bundle
 from refedge.runtime.engine import Target, decode_engines
@@ -245,11 +245,12 @@ def test_layers_that_cannot_be_read_are_no_reason_without_inspection(
 def test_plugins_travel_with_the_engines(board: Path, builder: Builder, tmp_path: Path) -> None:
     library = tmp_path / "librefedge.so"
     library.write_bytes(b"code")
-    record = run(board, plugins=[library])
+    with pytest.warns(RefedgeWarning, match="trt10-plugin"):
+        record = run(board, plugins=[library])
     assert record.plugins == {"librefedge.so": hashlib.sha256(b"code").hexdigest()}
     (copy,) = builder.tasks[0].plugins
     assert Path(copy).read_bytes() == b"code"
-    with pytest.raises(InputError) as caught:
+    with pytest.warns(RefedgeWarning), pytest.raises(InputError) as caught:
         run(board, plugins=[tmp_path / "none.so"])
     assert caught.value.code == "plugin-missing"
 
@@ -267,7 +268,7 @@ def test_a_plan_without_graphs_for_tensorrt(bundle: Path) -> None:
         source_of(opened, "int8", "trt10")
     assert caught.value.code == "plan-missing"
     assert "refedge quantize slvit-tiny" in caught.value.fix
-    assert "--plan int8" in caught.value.fix
+    assert "--plan int8 --data refshapes:calibration" in caught.value.fix
     assert "--dialect trt10" in caught.value.fix
     assert source_of(opened, "fp32", "trt10").dialect == opened.manifest.canonical
     with pytest.raises(BundleError) as caught:
@@ -408,7 +409,8 @@ KNOWN = {
 @pytest.mark.parametrize("version", list(KNOWN))
 def test_trtexec_lines(version: str, plan: str, quantized: Path) -> None:
     options = Options(512, 1, "ampere+", True, True, version != "8.6")
-    made = trtexec_lines(quantized, plan, version, options=options, plugins=[Path("p.so")])
+    with pytest.warns(RefedgeWarning, match="no graphs of"):
+        made = trtexec_lines(quantized, plan, version, options=options, plugins=[Path("p.so")])
     assert len(made) == 2
     for line in made:
         words = [w.lstrip("'").removeprefix("--").split("=")[0] for w in line.split()[1:]]
@@ -420,15 +422,44 @@ def test_trtexec_lines(version: str, plan: str, quantized: Path) -> None:
     assert "--maxShapes=ids:16x20,words:16x20" in made[0]
 
 
+@pytest.mark.parametrize(
+    ("version", "options"),
+    [
+        ("8.6", Options(strip=True)),
+        ("8.6", Options(hardware="same-cc")),
+        ("10.3", Options(hardware="same-cc")),
+    ],
+)
+def test_trtexec_has_no_options_from_later_versions(
+    version: str, options: Options, quantized: Path
+) -> None:
+    with pytest.raises(EngineError) as caught:
+        trtexec_lines(quantized, "fp16", version, options=options)
+    assert caught.value.code == "engine-option"
+    assert trtexec_lines(quantized, "fp16", "10.13", options=options)
+
+
+def test_a_part_that_is_not_there_is_no_batch(
+    board: Path, builder: Builder, tmp_path: Path
+) -> None:
+    (tmp_path / "seen.json").write_text('{"msk": {"4": 5}}')
+    with pytest.raises(InputError) as caught:
+        run(board, batches=tmp_path / "seen.json")
+    assert (caught.value.code, builder.tasks) == ("engine-batches", [])
+    assert "msk" in caught.value.what
+
+
 def test_a_plugin_takes_the_graphs_with_fused_nodes(quantized: Path) -> None:
     opened = open_bundle(quantized)
     plain = opened.dialect(["trt10"], "int8")
-    assert source_of(opened, "int8", "trt10", fused="plugin").dialect == plain  # it has no others
+    with pytest.warns(RefedgeWarning, match="--dialect trt10-plugin"):
+        assert source_of(opened, "int8", "trt10", fused="plugin").dialect == plain
     fused = replace(plain, name="trt10-plugin")
     manifest = replace(opened.manifest, dialects=(*opened.manifest.dialects, fused))
     opened = replace(opened, manifest=manifest)
     assert source_of(opened, "int8", "trt10", fused="plugin").dialect == fused
-    assert source_of(opened, "int8", "trt10", fused="quick").dialect == plain
+    with pytest.warns(RefedgeWarning, match="--dialect trt10-quick"):
+        assert source_of(opened, "int8", "trt10", fused="quick").dialect == plain
     assert source_of(opened, "int8", "trt10").dialect == plain
 
 
@@ -534,14 +565,15 @@ def test_a_race_needs_both_graphs(own_bundle: Path, builder: Builder, library: P
     quantize(own_bundle, "fp16", dialects=["ort", "trt10-plugin"])
     with pytest.raises(BundleError) as caught:
         run(own_bundle, "fp16", plugins=[library])
-    assert "--dialect ort --dialect trt10-plugin --dialect trt10" in caught.value.fix
+    assert caught.value.fix.endswith("--plan fp16 --dialect ort --dialect trt10")
     assert builder.tasks == []
     run(own_bundle, "fp16", plugins=[library], race=False)
     assert builder.parts() == ["text", "mask"]
 
 
 def test_ahead_of_time_plugins_are_asked_for(board: Path, builder: Builder) -> None:
-    record = run(board, options=Options(quick=True))
+    with pytest.warns(RefedgeWarning, match="trt10-quick"):
+        record = run(board, options=Options(quick=True))
     assert record.flags["quick"] is True
     assert record.plugins == {}
     assert [(t.options.quick, t.sm) for t in builder.tasks] == [(True, 87)] * len(record.parts)

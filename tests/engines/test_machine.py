@@ -73,6 +73,10 @@ def test_the_power_mode(monkeypatch: pytest.MonkeyPatch) -> None:
         (check,) = module._power()
         assert check.state == state
         assert check.fix
+    for fastest in ("MAXN", "MAXN_SUPER"):  # Orin Nano's, whose -m 0 is its slowest
+        done = SimpleNamespace(stdout=f"NV Power Mode: {fastest}\n2\n")
+        monkeypatch.setattr(module.subprocess, "run", lambda *a, done=done, **k: done)
+        assert module._power()[0].fix == ""
 
 
 def test_inspect_and_build_say_what_they_find(bundle: Path) -> None:

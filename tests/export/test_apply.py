@@ -77,18 +77,41 @@ def test_a_plan_of_the_same_name_is_replaced(own_bundle: Path) -> None:
     apply_plan(own_bundle, plan_for(own_bundle, "kept"), ("ort",))
     first = contents(own_bundle)
     apply_plan(own_bundle, replace(plan, rest="fp16"), ("ort", "ort-u8u8", "trt10"))
-    assert len(contents(own_bundle)) > len(first) + 5
+    halves = contents(own_bundle)
     apply_plan(own_bundle, plan, ("ort",))
     opened = open_bundle(own_bundle)
     assert [(d.plan, d.name) for d in opened.manifest.dialects] == [
         ("fp32", "ort"),
         ("kept", "ort"),
         ("mine", "ort"),
+        ("mine", "ort-u8u8"),
+        ("mine", "trt10"),
     ]
-    # graphs and weights of the plan before went with it
+    # in all its dialects, and what the plan before had is gone
     after = contents(own_bundle)
-    added = {"plans/mine.json", "graphs/text.ort.mine.onnx", "graphs/mask.ort.mine.onnx"}
-    assert set(after) == set(first) | added
+    graphs = {
+        f"graphs/{part}.{dialect}.mine.onnx"
+        for part in ("text", "mask")
+        for dialect in ("ort", "ort-u8u8", "trt10")
+    }
+    assert graphs <= set(after)
+    assert all(after[n] != halves[n] for n in graphs)
+    listed = {"manifest.json", *opened.manifest.files}
+    assert set(after) == listed
+    assert all(after[n] == raw for n, raw in first.items() if n != "manifest.json")
+
+
+def test_the_same_plan_gets_more_dialects(own_bundle: Path) -> None:
+    plan = plan_for(own_bundle)
+    apply_plan(own_bundle, plan, ("ort", "trt8"))
+    first = contents(own_bundle)
+    apply_plan(own_bundle, plan, ("trt10",))
+    opened, after = open_bundle(own_bundle), contents(own_bundle)
+    assert [d.name for d in opened.manifest.dialects if d.plan == "mine"] == [
+        "ort",
+        "trt8",
+        "trt10",
+    ]
     assert all(after[n] == raw for n, raw in first.items() if n != "manifest.json")
 
 

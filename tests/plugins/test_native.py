@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refedge.errors import EngineError
+from refedge.errors import EngineError, InputError
 from refedge.plugins import compile as compiling
 from refedge.plugins import native
 
@@ -153,6 +153,10 @@ def test_a_build_says_what_is_missing(tmp_path: Path) -> None:
     refused("plugin-compiler", new, str(tmp_path / "no-compiler"))
     if shutil.which("g++"):
         assert "not these" in refused("plugin-compiler", new)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError) as caught:
+        native.build(tmp_path / "file" / "out", new)
+    assert caught.value.code == "output-unwritable"
 
 
 class Registry:

@@ -111,3 +111,10 @@ def test_too_little_memory_is_no_reason_to_be_slow(
     with pytest.raises(BackendError) as caught:
         load(own_bundle, plan="fp16")
     assert caught.value.code == "cuda-memory"
+
+
+def test_engines_of_another_plan_are_said_to_be_there(own_bundle: Path) -> None:
+    built(own_bundle)
+    with pytest.warns(RefedgeWarning, match="engines of fp16, none of fp32"):
+        assert load(own_bundle).backend.name == "onnxruntime"
+    assert load(own_bundle, backend="onnxruntime").backend.name == "onnxruntime"
