@@ -319,4 +319,4 @@ def test_without_pycocotools_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     error = refused(root)
     assert error.code == "package-missing"
-    assert "bench" in error.fix
+    assert "pip install pycocotools" in error.fix
