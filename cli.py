@@ -111,7 +111,7 @@ def run(
 @click.option("--method", default="mse", show_default=True, help=f"One of {', '.join(_METHODS)}.")
 @click.option("--samples", type=int, default=256, show_default=True)
 @click.option("--spare", type=float, help="Share of the MACs that may stay in float.")
-@click.option("--rest", default="fp32", show_default=True, help="What is not int8: fp32, fp16.")
+@click.option("--rest", help="What is not int8: fp32 (default), or fp16, for GPUs.")
 @click.option("--dialect", "dialects", multiple=True, default=("ort", "ort-u8u8"))
 def quantize(
     bundle: Path,
@@ -121,7 +121,7 @@ def quantize(
     method: str,
     samples: int,
     spare: float | None,
-    rest: str,
+    rest: str | None,
     dialects: tuple[str, ...],
 ) -> None:
     """Make a precision plan for BUNDLE and write its dialects into it."""

@@ -50,7 +50,7 @@ def quantize(
     method: str = "mse",
     samples: int = SAMPLES,
     spare: float | None = None,
-    rest: str = "fp32",
+    rest: str | None = None,
     dialects: Sequence[str] = ("ort",),
     progress: Progress | None = None,
 ) -> tuple[Plan, Manifest]:
@@ -64,21 +64,23 @@ def quantize(
     spare:   share of the multiply-accumulates that may stay in float, where int8 hurts most; None
              is 0.1 for trained weights and 0 for others, whose masks mean nothing. At 0 nothing
              that takes time is added for accuracy, products for channels neither.
-    rest:    precision of what is not in int8, ``fp32`` or ``fp16``; int8 plans only.
+    rest:    precision of what is not in int8, ``fp32`` or ``fp16``; int8 plans only. None is fp32,
+             or what the plan has that is there. Scales do not depend on it.
     progress: wraps an iterable with a label.
     """
     _require_one_of("plan", plan, PLANS)
-    _require_one_of("rest", rest, RESTS)
+    _require_one_of("rest", rest or RESTS[0], RESTS)
     require_dialects(dialects)  # before the minutes of calibration, not after
     bundle = open_bundle(path)
     if plan == "fp16":
         made = half_plan(bundle)
     elif data is None and plan in bundle.manifest.plans:
         made = decode_plan(bundle.file(bundle.manifest.plans[plan]).read_bytes())
+        made = replace(made, rest=rest or made.rest)
     else:
         share, shown = _spare(bundle, spare), progress or _silently
         made = calibrated_plan(bundle, plan, data, root, method, samples, share, shown)
-        made = replace(made, rest=rest)
+        made = replace(made, rest=rest or RESTS[0])
     return made, apply_plan(path, made, dialects)
 
 

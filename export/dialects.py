@@ -26,7 +26,7 @@ import onnx
 from ..errors import ExportError
 from ..runtime.plan import PartPlan, Plan
 from .equalize import equalize
-from .fuse import Fusion, fuse
+from .fuse import Fusion, fuse, integer_words
 from .graph import copy_of
 from .half import store_half, to_half
 from .lower import to_opset_17
@@ -79,6 +79,8 @@ def write_dialect(
         out = to_half(out, part.high)
     elif family == "trt8":
         out = to_opset_17(out)
+        if dialect != family:
+            integer_words(out)
         record = {"precision": plan.rest, "float32": sorted(part.high)}
         sidecar = json.dumps(record, indent=1).encode() + b"\n"
     elif ort and plan.rest == "fp16":

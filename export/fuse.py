@@ -63,6 +63,25 @@ def fuse(model: onnx.ModelProto) -> list[Fusion]:
     return done
 
 
+def integer_words(model: onnx.ModelProto) -> None:
+    """Give fused nodes their words as int32: TensorRT 8.6 has no booleans for plugins. In place."""
+    index, casts = GraphIndex(model), dict[str, onnx.NodeProto]()
+    nodes: list[onnx.NodeProto] = []
+    for item in index.nodes:
+        if item.domain == DOMAIN:
+            at = 2 if item.op_type.startswith("MutualAttention") else 3
+            words = item.input[at]
+            if words not in casts:
+                made = f"{words}/int32"
+                casts[words] = onnx.helper.make_node(
+                    "Cast", [words], [made], f"{made}/Cast", to=onnx.TensorProto.INT32
+                )
+                nodes.append(casts[words])
+            item.input[at] = casts[words].output[0]
+        nodes.append(item)
+    set_nodes(model.graph, nodes)
+
+
 def _gated(block: Block) -> bool:
     return len(block.gates) == 1 and block.projection > 0
 

@@ -1,7 +1,9 @@
 """Opset 20 to 17, for TensorRT 8.6: only what refedge's own graphs hold, and nothing silently.
 
-Gelu becomes Div, Erf, Add, Mul, Mul; reductions carry their axes as an attribute; attributes that
-came later are dropped where they hold their default. Every node is then checked against the schema
+Gelu becomes Div, Erf, Add, Mul, Mul; an instance norm is a layer norm over the pixels of a channel,
+because 8.6.0's parser makes a plugin of the former, which needs cuDNN, and its bindings cannot ask
+for the native layer; reductions carry their axes as an attribute; attributes that came later are
+dropped where they hold their default. Every node is then checked against the schema
 of opset 17; what does not fit is an error that names the torch module.
 """
 
@@ -17,8 +19,10 @@ from ..errors import ExportError
 from ..plugins.onnx_function import DOMAIN
 from .canonical import module_of, place
 from .graph import GraphIndex, drop_unread, set_nodes
+from .rewrite import add
 
 OPSET = 17
+PLAIN = "norm/"  # begins the names of constants that are ones or zeros throughout
 IR_VERSION = 8
 _DEFAULTS: dict[str, dict[str, object]] = {
     "Resize": {"antialias": 0, "keep_aspect_ratio_policy": b"stretch"},
@@ -36,7 +40,12 @@ def to_opset_17(model: onnx.ModelProto) -> onnx.ModelProto:
     index = GraphIndex(model)
     nodes: list[onnx.NodeProto] = []
     for node in index.nodes:
-        nodes += _gelu(node) if node.op_type == "Gelu" else [_lowered(index, node)]
+        if node.op_type == "Gelu":
+            nodes += _gelu(node)
+        elif node.op_type == "InstanceNormalization":
+            nodes += _instance_norm(index, node)
+        else:
+            nodes.append(_lowered(index, node))
     if any(n.op_type == "Erf" for n in nodes):
         model.graph.initializer.extend(
             numpy_helper.from_array(np.asarray(np.float32(value)), name)
@@ -73,6 +82,47 @@ def _gelu(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         made = helper.make_node(operator, inputs, [f"{y}/{suffix}" if suffix else y], name)
         place(made, module_of(node))
         out.append(made)
+    return out
+
+
+def _instance_norm(index: GraphIndex, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """LayerNormalization over all axes behind the channel's, then its factors and terms if any."""
+    x, y = node.input[0], node.output[0]
+    shape = index.shape(x) or index.shape(y) or ()
+    sides = [d for d in shape[2:] if isinstance(d, int)]
+    if len(shape) < 3 or len(sides) != len(shape) - 2:
+        raise _refused(node, "InstanceNormalization of unknown pixels")
+    area = "x".join(map(str, sides))
+    scale, shift = (index.constant(name).astype(np.float32) for name in node.input[1:3])
+    wide = (-1, *[1] * len(sides))
+    steps: list[tuple[str, list[str], str]] = []
+    names = []
+    for kind, value in (("ones", 1.0), ("zeros", 0.0)):
+        name = f"{PLAIN}{kind}_{area}"
+        if name not in index.tensors:
+            add(index, name, np.full(sides, value, np.float32))
+            index.tensors[name] = index.model.graph.initializer[-1]
+        names.append(name)
+    steps.append(("LayerNormalization", [x, *names], "normed"))
+    if (scale != 1.0).any():
+        factor = add(index, f"{y}/scale", scale.reshape(wide))
+        steps.append(("Mul", [f"{y}/normed", factor], "scaled"))
+    if (shift != 0.0).any():
+        term = add(index, f"{y}/shift", shift.reshape(wide))
+        steps.append(("Add", [f"{y}/{steps[-1][2]}", term], "shifted"))
+    out = []
+    for i, (operator, inputs, suffix) in enumerate(steps):
+        made = helper.make_node(
+            operator,
+            inputs,
+            [y if i == len(steps) - 1 else f"{y}/{suffix}"],
+            f"{node.name}/{operator}" if i else node.name,
+        )
+        place(made, module_of(node))
+        out.append(made)
+    out[0].attribute.append(helper.make_attribute("axis", 2))
+    epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+    out[0].attribute.append(helper.make_attribute("epsilon", epsilon))
     return out
 
 

@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 
 from ..runtime.plan import PartPlan, WeightScale
 from .canonical import module_of, place
-from .graph import GraphIndex, copy_of, drop_unread, set_nodes
+from .graph import GraphIndex, attribute, copy_of, drop_unread, set_nodes
 
 
 def quantize_weight(weight: npt.NDArray[Any], spec: WeightScale) -> npt.NDArray[np.int8]:
@@ -42,14 +42,15 @@ def write_qdq(
     """A copy of a graph with the plan's Q/DQ pairs.
 
     unsigned: encoding of activations; stored: for ONNX Runtime, so that ``plan.stored`` tensors get
-    their pair, and nodes that compute in float have their weights in int8 on disk all the same.
+    their pair, and nodes that compute in float have their weights in int8 on disk all the same. For
+    TensorRT those of depthwise convolutions get it: it would fuse what follows into such a node,
+    and has no int8 kernel for that (NVIDIA/TensorRT 3385).
     """
     out = copy_of(model)
     graph = out.graph
     index = GraphIndex(out)
-    tensors = {
-        name: scale for name, scale in plan.activations.items() if stored or name not in plan.stored
-    }
+    left = set() if stored else {name for name in plan.stored if not _depthwise(index, name, plan)}
+    tensors = {name: scale for name, scale in plan.activations.items() if name not in left}
     zero = np.uint8(128) if unsigned else np.int8(0)
     names = _Constants(graph)
     zero_name = names.add("zero_point", np.asarray(zero))
@@ -87,6 +88,15 @@ def write_qdq(
     set_nodes(graph, nodes)
     drop_unread(graph)
     return out
+
+
+def _depthwise(index: GraphIndex, name: str, plan: PartPlan) -> bool:
+    """Whether a grouped convolution in integers writes a tensor for more than rectifiers."""
+    maker, readers = index.maker.get(name), index.readers[name]
+    if maker is None or maker.op_type != "Conv" or maker.name not in plan.int8:
+        return False
+    bent = all(reader.op_type == "Relu" for reader in readers)
+    return attribute(maker, "group", 1) != 1 and not bent and name not in plan.factors
 
 
 def _weights(

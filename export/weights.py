@@ -2,7 +2,7 @@
 
 Tensors of 1 KiB and more go there, in the order of the graph, each aligned (large ones to a memory
 page, so that a runtime can map them). The file is named by its hash: dialects with equal weights
-name the same file.
+name the same file; what lowering adds that is no weight stays in the graph.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import hashlib
 
 import onnx
 from onnx import TensorProto, numpy_helper
+
+from .lower import PLAIN
 
 _LEAST = 1024
 _PAGE = 4096
@@ -23,7 +25,7 @@ def split_weights(model: onnx.ModelProto) -> tuple[str, bytes]:
     moved: list[tuple[TensorProto, int, int]] = []
     for tensor in model.graph.initializer:
         raw = numpy_helper.to_array(tensor).tobytes()
-        if len(raw) < _LEAST:
+        if len(raw) < _LEAST or tensor.name.startswith(PLAIN):
             continue
         content.extend(bytes(-len(content) % (_PAGE if len(raw) >= 16 * _PAGE else _LINE)))
         moved.append((tensor, len(content), len(raw)))

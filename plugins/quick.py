@@ -30,9 +30,11 @@ _MOST = {
     "T": (128, "words"),
 }
 
+# A plain number among the dimensions would be a constant of an expression builder, which bindings
+# before 10.15 ask after TensorRT has ended it: all follow from the inputs' lengths.
 # By letter: B expressions, N pixels, C channels, T words, H heads, D channels of values; W words
 # padded to 32, K weights of a strip of 32 pixels, S strips, P runs of strips of NormAttention, R of
-# MutualAttention, M moments of a run; digits are themselves.
+# MutualAttention, M moments of a run, V two numbers a word; 1 is itself, in inputs alone.
 # These are symbols of TensorRT's, or integers: + - * // < are there, with numbers on the right.
 Lengths = Mapping[str, Any]
 Launch = tuple[tuple[Any, Any, Any], Any]  # grid, bytes of shared memory
@@ -60,8 +62,8 @@ class Pass:
             for name, letters in self.inputs.items()
             for axis, letter in enumerate(letters)
         }
-        found["2"] = 2
         if "T" in found:
+            found["V"] = found["T"] * 2
             found["W"] = _parts(found["T"], _PIECE) * _PIECE
             found["K"] = found["W"] * _PIECE
             found["M"] = _parts(found["T"] + found["T"] * (found["T"] + 1) // 2, 4) * 4
@@ -188,12 +190,12 @@ CHAINS = {
                 "quick_mutual_seen",
                 {"keys": "BHTD", "seen_keys": "BHDN", "seen_values": "BHND"},
                 "NTHD",
-                {"tops": "BHRT2", "sums": "BHRTD"},
+                {"tops": "BHRV", "sums": "BHRTD"},
                 _mutual_seen,
             ),
             "MutualPairs": Pass(
                 "quick_mutual_pairs",
-                {"values": "BHTD", "words": "BT", "tops": "BHRT2", "sums": "BHRTD"},
+                {"values": "BHTD", "words": "BT", "tops": "BHRV", "sums": "BHRTD"},
                 "RTHD",
                 {"pairs": "BHTW"},
                 _mutual_pairs,

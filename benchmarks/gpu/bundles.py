@@ -54,7 +54,8 @@ def verbs(model: str, bundle: Path) -> dict[str, list[str]]:
             words = [word for name in dialects for word in ("--dialect", name)]
             left[plan] = ["quantize", str(bundle), "--plan", plan, *words]
             if plan == "int8":
-                left[plan] += ["--data", "refshapes:calibration", *([] if trained else FEW)]
+                left[plan] += ["--data", "refshapes:calibration", "--rest", "fp16"]
+                left[plan] += [] if trained else FEW
     return left
 
 

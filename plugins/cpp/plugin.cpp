@@ -2,10 +2,12 @@
 // for 8.6, around the same launches. `refedge plugin build` compiles this file on the board.
 //
 // Namespace "refedge", version "1"; names as in ONNX, with or without the type, for example
-// CrossAttention_float16. Inputs and outputs as in ../reference.py; `words` is boolean, weights of
-// words and relevance are float32, all else is of one type. Layout is linear.
+// CrossAttention_float16. Inputs and outputs as in ../reference.py; `words` is boolean, for 8.6, whose
+// plugins take no booleans, int32; weights of words and relevance are float32, all else is of one
+// type. Layout is linear.
 #include <NvInferRuntime.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -38,20 +40,34 @@ namespace {
 using namespace nvinfer1;
 
 constexpr int32_t kSerialization = 1;  // of the fields below; others are refused
+#if NV_TENSORRT_MAJOR >= 10
+constexpr DataType kWord = DataType::kBOOL;
+constexpr int kWordBytes = 1;
+#else
+constexpr DataType kWord = DataType::kINT32;
+constexpr int kWordBytes = 4;
+#endif
 ILoggerFinder* finder = nullptr;
 
+// To the logger of whoever calls, else to that of the library, else where all errors go.
 void report(std::string const& message) {
-  ILogger* const logger = finder ? finder->findLogger() : nullptr;
+  ILogger* logger = finder ? finder->findLogger() : nullptr;
+  if (!logger)
+    if (void* const get = dlsym(RTLD_DEFAULT, "getLogger"))
+      logger = reinterpret_cast<ILogger* (*)()>(get)();
   if (logger) logger->log(ILogger::Severity::kERROR, ("refedge: " + message).c_str());
+  else std::fprintf(stderr, "refedge: %s\n", message.c_str());
 }
 
 // What all names of an operator share.
 struct Kind {
   Operator op;
   int inputs, outputs, words;  // `words` is the index of that input
+  int ranks[6];
 };
-constexpr Kind kKinds[] = {
-    {kCrossAttention, 5, 1, 3}, {kNormAttention, 6, 2, 3}, {kMutualAttention, 5, 2, 2}};
+constexpr Kind kKinds[] = {{kCrossAttention, 5, 1, 3, {3, 4, 4, 2, 3}},
+                           {kNormAttention, 6, 2, 3, {3, 3, 3, 2, 2, 2}},
+                           {kMutualAttention, 5, 2, 2, {4, 4, 2, 4, 4}}};
 struct Name {
   char const* text;
   Kind const* kind;
@@ -118,13 +134,17 @@ class Attention {
 
   bool supports(int pos, PluginTensorDesc const& at, PluginTensorDesc const& first) const {
     if (at.format != TensorFormat::kLINEAR) return false;
-    if (pos == kind().words) return at.type == DataType::kBOOL;
+    if (pos == kind().words) return at.type == kWord;
     if (pos == kind().inputs + 1) return at.type == DataType::kFLOAT;
     Type type;
     return type_of(at.type, type) && at.type == first.type;
   }
 
-  void shape(int output, DimsExprs const* in, DimsExprs& out) const {
+  // False where a graph gives too few inputs, or one of another rank.
+  bool shape(int output, DimsExprs const* in, int inputs, DimsExprs& out) const {
+    bool fits = inputs == kind().inputs;
+    for (int i = 0; fits && i < inputs; ++i) fits = in[i].nbDims == kind().ranks[i];
+    if (!fits) return report(std::string(name_->text) + ": inputs of other shapes"), false;
     auto set = [&out](std::initializer_list<IDimensionExpr const*> dims) {
       out.nbDims = 0;
       for (auto const* d : dims) out.d[out.nbDims++] = d;
@@ -137,6 +157,7 @@ class Attention {
       set({in[0].d[0], in[0].d[1], in[0].d[2]});
     else
       set({in[0].d[0], in[0].d[2]});
+    return true;
   }
 
   // For upper bounds, of which each letter's is read from one input: several need not agree.
@@ -189,6 +210,7 @@ class Attention {
     for (int i = 0; i < kind().inputs; ++i) dims[i] = &in[i].dims;
     call = Call{};
     call.epsilon = epsilon_;
+    call.word = kWordBytes;
     Type type;
     if (!type_of(in[0].type, type)) return why = "inputs of a type without kernels", false;
     if (!sizes(kind(), dims, call)) return why = "shapes do not belong together", false;
@@ -282,9 +304,9 @@ class Plugin final : public IPluginV3,
   }
   int32_t getOutputShapes(DimsExprs const* in, int32_t inputs, DimsExprs const*, int32_t,
                           DimsExprs* out, int32_t outputs, IExprBuilder&) noexcept override {
-    if (inputs != kind().inputs || outputs != kind().outputs) return -1;
-    for (int i = 0; i < outputs; ++i) shape(i, in, out[i]);
-    return 0;
+    bool good = outputs == kind().outputs;
+    for (int i = 0; good && i < outputs; ++i) good = shape(i, in, inputs, out[i]);
+    return good ? 0 : -1;
   }
   int32_t configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
                           int32_t) noexcept override {
@@ -357,10 +379,10 @@ class Plugin final : public IPluginV2DynamicExt, public Attention {
   void terminate() noexcept override {}
   void destroy() noexcept override { delete this; }
 
-  DimsExprs getOutputDimensions(int32_t output, DimsExprs const* in, int32_t,
+  DimsExprs getOutputDimensions(int32_t output, DimsExprs const* in, int32_t inputs,
                                 IExprBuilder&) noexcept override {
-    DimsExprs out;
-    shape(output, in, out);
+    DimsExprs out{};
+    if (!shape(output, in, inputs, out)) out.nbDims = -1;
     return out;
   }
   DataType getOutputDataType(int32_t output, DataType const* in, int32_t) const noexcept override {

@@ -29,6 +29,7 @@ struct Call {
   void* part[6];  // pieces of the workspace, see *_places(); set by align()
   int batch, pixels, channels, words, heads;
   int width;   // channels of the values: D of CrossAttention, of a head of MutualAttention
+  int word;    // bytes of an element of `words`; 0 is 1. TensorRT 8.6 gives plugins no booleans
   int chunks;  // runs of strips whose partial results meet in the workspace; set by cut()
   int span;    // times that a block goes through its strips; set by cut()
   int fits;    // bits i and 8 + i: four and eight elements of in[i] may be read at once; 16 + i:
@@ -103,8 +104,9 @@ constexpr Places mutual_places(Call const& c, int size) {
   return p;
 }
 
-// Set chunks and span.
+// Set chunks and span, and what is said by zero.
 constexpr void cut(Operator op, Call& c) {
+  c.word = c.word ? c.word : 1;
   int const strips = ceil_div(c.pixels, kPiece);
   int const each = op == kNormAttention ? strips_of(c) : kWarps;
   c.span = op == kNormAttention ? ceil_div(strips, each * kMaxChunks) : 1;

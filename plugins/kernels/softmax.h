@@ -8,15 +8,16 @@ namespace refedge {
 // block, so that nothing waits for the words before it has to.
 struct Words {
   bool const* given;
-  int count;
+  int count, step;
   bool own, any;
   __device__ Words(Call const& c, void const* words, int b)
-      : given(static_cast<bool const*>(words) + 1ll * b * c.words),
+      : given(static_cast<bool const*>(words) + 1ll * b * c.words * c.word),
         count(c.words),
-        own(static_cast<int>(threadIdx.x) < c.words && given[threadIdx.x]),
+        step(c.word),
+        own(static_cast<int>(threadIdx.x) < c.words && given[threadIdx.x * step]),
         any(false) {}
   __device__ void meet() { any = __syncthreads_or(own); }
-  __device__ bool operator[](int t) const { return !any || given[t]; }
+  __device__ bool operator[](int t) const { return !any || given[t * step]; }
   // Which of 32 words from the first on there are.
   __device__ unsigned from(int first) const {
     int const t = first + lane_of();

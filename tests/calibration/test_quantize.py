@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,9 @@ def test_a_plan_that_is_there_gets_more_dialects(own_bundle: Path) -> None:
     assert [d.name for d in manifest.dialects if d.plan == "int8"] == ["trt8", "ort", "trt10"]
     kept = [n for n in before if n != "manifest.json"]
     assert all(after[n] == before[n] for n in kept), "written again or not: engines stay valid"
+    half, manifest = quantize(own_bundle, "int8", rest="fp16", dialects=("trt8",))
+    assert half == replace(made, rest="fp16"), "scales do not depend on it"
+    assert {d.name for d in manifest.dialects if d.plan == "int8"} == {"trt8", "ort", "trt10"}
     with pytest.raises(DataError):  # there is no naive plan yet
         quantize(own_bundle, "naive", dialects=("ort",))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from refedge.calibration.quantize import quantize
 from refedge.data.refshapes.dataset import RefShapes
+from refedge.export import lower, qdq
 from refedge.export.dialects import DIALECTS, write_dialect
-from refedge.export.graph import GraphIndex
+from refedge.export.graph import GraphIndex, attribute
 from refedge.runtime.bundle import open_bundle
 from refedge.runtime.plan import Plan, decode_plan
 from refedge.runtime.segmenter import load
@@ -53,14 +56,27 @@ def sigmas(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / a.std())
 
 
+@pytest.fixture
+def same_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What trt10 and trt8 compute in float alike, as far as it goes: layer norms in place of
+    instance norms round otherwise, and so does Gelu in pieces of depthwise maps in integers, where
+    a step for one integer is one for all pixels that have it. Quantizers are what is compared;
+    ``test_lower.py`` holds the norms against each other."""
+    monkeypatch.setattr(lower, "_instance_norm", lambda index, node: [lower._lowered(index, node)])
+    monkeypatch.setattr(qdq, "_depthwise", lambda index, name, plan: False)
+
+
+@pytest.mark.usefixtures("same_floats")
 @pytest.mark.parametrize("plan", ["fp16", "int8"])
-def test_equal_quantizers_give_equal_masks(quantized: Path, plan: str) -> None:
+def test_equal_quantizers_give_equal_masks(quantized: Path, plan: str, tmp_path: Path) -> None:
     """ort and ort-u8u8 differ in weights' zero-points only, trt8 and an fp32-rest trt10 in opset
     and Gelu. Fused integer kernels are exact on int32 sums; what is left is the order of float32
     sums and two forms of erf, about 1e-6 of a logit, which a rounding to int8 may turn into a
     step. 20 masks show none of it; a thousandth of a pixel's share is left."""
     from refedge.runtime.cpu import int8_dialects
 
+    quantized = Path(shutil.copytree(quantized, tmp_path / "own.refedge"))
+    quantize(quantized, plan, dialects=["trt8", "trt10"])
     pairs = []
     if plan == "fp16" or "ort" in int8_dialects():  # else its kernels saturate, as cpu.py says
         pairs.append(("ort", "ort-u8u8"))
@@ -101,6 +117,15 @@ def read(bundle: Path, plan: str) -> tuple[Plan, onnx.ModelProto]:
     return made, onnx.load(opened.file(opened.manifest.canonical.graphs["mask"]))
 
 
+def test_the_dialects_of_tensorrt_are_as_good(quantized: Path) -> None:
+    """Norms and Gelu round otherwise in trt8, which moves a few integers; no further from fp32."""
+    reference = logits(quantized, "fp32", "ort")
+    one, two = (logits(quantized, "int8", d) for d in ("trt10", "trt8"))
+    assert ious(one, two).mean() >= 0.98
+    assert abs(ious(reference, one).mean() - ious(reference, two).mean()) <= 0.01
+
+
+@pytest.mark.usefixtures("same_floats")
 @pytest.mark.parametrize("plan", ["int8", "naive"])
 def test_without_stored_tensors_every_dialect_is_the_same(quantized: Path, plan: str) -> None:
     """One quantizer: with the same pairs and nothing optimised, four graphs, the same numbers.
@@ -213,3 +238,19 @@ def test_the_source_is_not_changed(quantized: Path) -> None:
         written, *_ = write_dialect(model, dialect, replace(made, rest="fp16"), made.parts["mask"])
         assert "QuantizeLinear" in operators(written)
     assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("dialect", ["trt10", "trt8"])
+def test_depthwise_convolutions_in_integers_write_integers(quantized: Path, dialect: str) -> None:
+    """TensorRT would fuse a Gelu into such a node, and has no kernel for that in int8."""
+    opened = open_bundle(quantized)
+    model = onnx.load(opened.file(opened.dialect([dialect], "int8").graphs["mask"]))
+    index, seen = GraphIndex(model), 0
+    for node in index.nodes:
+        made = [index.maker.get(name) for name in node.input[:2]]
+        whole = all(m is not None and m.op_type == "DequantizeLinear" for m in made)
+        if node.op_type == "Conv" and attribute(node, "group", 1) != 1 and whole:
+            seen += 1
+            kinds = {reader.op_type for reader in index.readers[node.output[0]]}
+            assert kinds <= {"QuantizeLinear", "Relu"}, node.name
+    assert seen > 20

@@ -13,7 +13,7 @@ from refedge.calibration.placement import is_high
 from refedge.export.canonical import MODULE
 from refedge.export.dialects import WITH_PLUGIN, write_dialect
 from refedge.export.fuse import Fusion, fuse
-from refedge.export.graph import GraphIndex
+from refedge.export.graph import GraphIndex, attribute
 from refedge.export.heads import fold_heads
 from refedge.export.targets import lint_target, require_target
 from refedge.export.words import fold_words
@@ -144,6 +144,13 @@ def test_dialects_with_the_plugin(dialect: str, rest: str) -> None:
     assert T in GraphIndex(model).shape("words")
 
 
+def type_of(model: onnx.ModelProto, name: str) -> int:
+    """The type of a tensor."""
+    graph = model.graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return int(next(v.type.tensor_type.elem_type for v in values if v.name == name))
+
+
 def heads_part(*, folded: bool = True, **form: bool) -> tuple[onnx.ModelProto, Feeds]:
     """The mask part of two blocks of several heads, words folded in the text part, and feeds."""
     models = test_heads.parts(**form)
@@ -265,8 +272,15 @@ def test_dialects_of_the_other_operators(operator: str, dialect: str, rest: str)
     out, _, done = write_dialect(model, dialect, Plan("p", rest, {}), part)
     require_target(out, dialect)
     half = rest == "fp16" and dialect.startswith("trt10")
-    kinds = {n.op_type for n in out.graph.node if n.domain == DOMAIN}
-    assert kinds == {f"{operator}_{'float16' if half else 'float32'}"}
+    made = [n for n in out.graph.node if n.domain == DOMAIN]
+    assert {n.op_type for n in made} == {f"{operator}_{'float16' if half else 'float32'}"}
+    words = {n.input[2 if operator == "MutualAttention" else 3] for n in made}
+    if dialect.startswith("trt8"):  # whose plugins take no booleans
+        (cast,) = (n for n in out.graph.node if n.output[0] in words)
+        assert (cast.op_type, attribute(cast, "to")) == ("Cast", onnx.TensorProto.INT32)
+        assert type_of(out, cast.input[0]) == onnx.TensorProto.BOOL
+    else:
+        assert {type_of(out, name) for name in words} == {onnx.TensorProto.BOOL}
     assert {f.operator for f in done} == {operator}
     if dialect.startswith("trt10"):
         found = run(with_functions(out), fed)

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto
 from refedge.errors import ExportError
 from refedge.export.canonical import module_of
-from refedge.export.lower import to_opset_17
+from refedge.export.lower import PLAIN, to_opset_17
 from refedge.export.qdq import write_qdq
 from refedge.runtime.bundle import open_bundle
 from refedge.runtime.plan import PartPlan, WeightScale
@@ -61,6 +61,39 @@ def test_gelu_in_pieces(attributes: dict[str, str]) -> None:
     assert len({n.name for n in out.graph.node}) == 5
     # the same formula in float32; erf is approximated to about 1e-7 in either kernel
     np.testing.assert_allclose(run(out, {"x": X})["y"], run(model, {"x": X})["y"], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "kinds"),
+    [
+        (1.0, 0.0, ["LayerNormalization"]),
+        (2.0, 0.0, ["LayerNormalization", "Mul"]),
+        (1.0, 3.0, ["LayerNormalization", "Add"]),
+        (2.0, 3.0, ["LayerNormalization", "Mul", "Add"]),
+    ],
+)
+@pytest.mark.parametrize("flat", [False, True])
+def test_instance_norms_are_layer_norms_over_pixels(
+    scale: float, shift: float, kinds: list[str], flat: bool
+) -> None:
+    """8.6.0's parser has a plugin for instance norms, which wants cuDNN."""
+    given = X.reshape(2, 6, 64) if flat else X
+    steps = np.arange(6, dtype=np.float32)
+    weights = {"s": np.full(6, scale, np.float32) + (scale != 1) * steps,
+               "b": np.full(6, shift, np.float32) + (shift != 0) * steps}  # fmt: skip
+    made = [
+        node("InstanceNormalization", ["x", "s", "b"], "m", "neck.a", epsilon=1e-3),
+        node("InstanceNormalization", ["m", "s", "b"], "y", "neck.b"),
+    ]
+    model = small(made, {"x": given.shape}, ["y"], weights)
+    out = lowered(model)
+    assert [n.op_type for n in out.graph.node] == kinds * 2
+    assert [n.name for n in out.graph.node][:: len(kinds)] == [n.name for n in made], "pins' names"
+    constants = {t.name for t in out.graph.initializer if t.name.startswith(PLAIN)}
+    area = "64" if flat else "8x8"
+    assert constants == {f"norm/ones_{area}", f"norm/zeros_{area}"}
+    wanted, found = run(model, {"x": given})["y"], run(out, {"x": given})["y"]
+    np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max())
 
 
 def test_the_tanh_form_is_refused() -> None:
@@ -198,5 +231,6 @@ def test_the_real_graphs(bundle: Path, part: str) -> None:
     before = operators(model)
     out = lowered(model)
     assert "Gelu" in before
-    assert operators(out) >= (before - {"Gelu"}) | {"Erf"}
-    assert "Gelu" not in operators(out)
+    gone = {"Gelu", "InstanceNormalization"}
+    assert operators(out) >= (before - gone) | {"Erf", "LayerNormalization"}
+    assert not gone & operators(out)

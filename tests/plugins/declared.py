@@ -56,12 +56,17 @@ def expression(value: Callable[[dict[str, int]], int], number: int | None = None
 
 
 class Builder:
-    """``IExprBuilder``."""
+    """``IExprBuilder``; it lives while TensorRT asks for expressions, and no longer."""
+
+    def __init__(self) -> None:
+        self.alive = True
 
     def constant(self, number: int) -> Expression:
+        assert self.alive, "TensorRT has ended this builder"
         return expression(lambda _: number, number)
 
     def operation(self, what: Any, first: Expression, second: Expression) -> Expression:
+        assert self.alive, "TensorRT has ended this builder"
         run = OPERATIONS[what]
         return expression(lambda x: run(first.value(x), second.value(x)))
 
@@ -111,7 +116,7 @@ def declared(name: str, kind: Any, cases: list[dict[str, int]], known: dict[str,
     def symbol(letter: str) -> Expression:
         if letter in known:
             return builder.constant(known[letter])
-        return builder.constant(2) if letter == "2" else expression(lambda x: x[letter])
+        return expression(lambda x: x[letter])
 
     given = [[symbol(letter) for letter in dims] for dims in one.inputs.values()]
     shapes = plugin.get_output_shapes(given, [], builder)
@@ -128,6 +133,7 @@ def declared(name: str, kind: Any, cases: list[dict[str, int]], known: dict[str,
     plugin.set_tactic(0)
     launch, extra = SimpleNamespace(), Extra()
     plugin.get_launch_params(given, descriptions, count, launch, extra, builder)
+    builder.alive = False
     plain = [d.desc for d in descriptions]
     entry, code = plugin.get_kernel(plain[:count], plain[count:])
     assert plugin.get_num_outputs() == len(one.outputs)

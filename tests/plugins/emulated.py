@@ -36,7 +36,8 @@ class Call(ctypes.Structure):
         ("work", ctypes.c_void_p),
         ("parts", ctypes.c_void_p * 6),
         *((name, ctypes.c_int) for name in (
-            "batch", "pixels", "channels", "words", "heads", "width", "chunks", "span", "fits",
+            "batch", "pixels", "channels", "words", "heads", "width", "word", "chunks", "span",
+            "fits",
         )),
         ("epsilon", ctypes.c_float),
     )  # fmt: skip
@@ -140,7 +141,9 @@ def run_call(
     sizes, shapes = shape_of(operator, feeds)
     call, kept, found = Call(**sizes, epsilon=epsilon), [], []
     for i, values in enumerate(feeds):
-        kept.append(placed(values if values.dtype == bool else to_bits(values, dtype), place))
+        whole = values.dtype in (bool, np.int32)  # the words
+        kept.append(placed(values if whole else to_bits(values, dtype), place))
+        call.word = values.itemsize if whole else call.word
         call.inputs[i] = kept[i].ctypes.data
     for i, (shape, kind) in enumerate(zip(shapes, kinds_of(dtype), strict=False)):
         size = int(np.prod(shape)) * kind.itemsize

@@ -104,7 +104,7 @@ def lengths_of(x: dict[str, int]) -> dict[str, int]:
     padded, strips = -(-x["T"] // 32) * 32, -(-x["N"] // 32)
     moments = -(-(x["T"] + x["T"] * (x["T"] + 1) // 2) // 4) * 4
     known = {"W": padded, "K": padded * 32, "S": strips, "R": -(-strips // 8), "P": call.chunks}
-    return {**x, **known, "M": moments, "1": 1, "2": 2}
+    return {**x, **known, "M": moments, "1": 1, "V": 2 * x["T"]}
 
 
 def shapes_of(one: Any, x: dict[str, int]) -> dict[str, tuple[int, ...]]:

@@ -74,11 +74,17 @@ static std::vector<DataType> float_types() {
 #endif
 }
 
+#if NV_TENSORRT_MAJOR >= 10
+static constexpr DataType kWord = DataType::kBOOL;
+#else  // "DataType:kBOOL and DataType::kUINT8 are not supported", NvInferRuntimePlugin.h
+static constexpr DataType kWord = DataType::kINT32;
+#endif
+
 // The descriptions of all inputs and outputs of a type.
 static std::vector<PluginTensorDesc> described(Operator const& op, DataType type) {
   std::vector<PluginTensorDesc> all;
   for (size_t i = 0; i < op.inputs.size(); ++i)
-    all.push_back({dims(op.inputs[i]), int(i) == op.words ? DataType::kBOOL : type,
+    all.push_back({dims(op.inputs[i]), int(i) == op.words ? kWord : type,
                    TensorFormat::kLINEAR, 1.f});
   for (size_t i = 0; i < op.outputs.size(); ++i)
     all.push_back({dims({2}), i ? DataType::kFLOAT : type, TensorFormat::kLINEAR, 1.f});
@@ -118,6 +124,14 @@ template <class F> static void shapes(Operator const& op, F const& out_of) {
     CHECK(found.nbDims == int(op.outputs[o].size()));
     for (size_t a = 0; a < op.outputs[o].size(); ++a)
       CHECK(found.d[a] == in[op.outputs[o][a].first].d[op.outputs[o][a].second]);
+    in[0].nbDims += 1;
+    CHECK(out_of(o, in).nbDims == -1);
+    in[0].nbDims -= 1;
+    in.pop_back();
+    CHECK(out_of(o, in).nbDims == -1);
+    in.push_back({});
+    in.back().nbDims = static_cast<int>(op.inputs.back().size());
+    for (int a = 0; a < in.back().nbDims; ++a) in.back().d[a] = &pool[in.size() - 1][a];
   }
 }
 
@@ -156,7 +170,10 @@ static void conform(Operator const& op, std::string const& name, IPluginCreatorI
   Builder builder;
   shapes(op, [&](size_t o, std::vector<DimsExprs> const& in) {
     DimsExprs out[2];
-    CHECK(!build->getOutputShapes(in.data(), inputs, nullptr, 0, out, outputs, builder));
+    if (build->getOutputShapes(in.data(), int(in.size()), nullptr, 0, out, outputs, builder)) {
+      out[o] = DimsExprs{};
+      out[o].nbDims = -1;
+    }
     return out[o];
   });
   for (DataType const type : float_types()) {
@@ -210,7 +227,7 @@ static void conform(Operator const& op, std::string const& name, IPluginCreator*
   });
   Builder builder;
   shapes(op, [&](size_t o, std::vector<DimsExprs> const& in) {
-    return plugin->getOutputDimensions(int(o), in.data(), inputs, builder);
+    return plugin->getOutputDimensions(int(o), in.data(), int(in.size()), builder);
   });
   for (DataType const type : float_types()) {
     auto const all = described(op, type);
