@@ -11,6 +11,7 @@ error, and the next one begins; the next run of the step keeps those that are do
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -150,4 +151,7 @@ def main(folder: str, out: str, *options: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written: what TensorRT does while a process ends says nothing of it

@@ -48,7 +48,11 @@ def page(results: Path) -> str:
         lines += _machine(found["machine"])
     if "operators" in found:
         engines = found["operators"]["engines"]
-        rows = [[k, f"{e['build_s']:.1f}", f"{max(e['errors']):.1e}"] for k, e in engines.items()]
+        rows = [
+            [k, "", _first(e)] if "error" in e
+            else [k, f"{e['build_s']:.1f}", f"{max(e['errors']):.1e}"]
+            for k, e in engines.items()
+        ]  # fmt: skip
         lines += ["\n## Smoke of the builder", f"`{found['operators']['target']}`\n"]
         lines += _table(("type", "build, s", "largest relative error"), rows)
     held = bars(found)

@@ -49,6 +49,7 @@ class Step:
     seconds: after which it is ended.
     needs:   seconds that must be left for it to begin.
     after:   the step whose result it cannot do without.
+    makes:   folder without which its result is worth nothing.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Step:
     kit: bool = False
     needs: int = 60
     after: str = ""
+    makes: str = ""
 
 
 def steps(models: tuple[str, ...] = MODELS) -> list[Step]:
@@ -77,21 +79,27 @@ def steps(models: tuple[str, ...] = MODELS) -> list[Step]:
         found += _model(model)
     for model in models:
         name = model.replace(":", "-")
-        command = ("-m", f"{GPU}.providers", f"{{work}}/{name}.refedge", "{out}", "{dry}")
+        bundle = f"{{work}}/{name}.refedge"
+        command = ("-m", f"{GPU}.providers", bundle, "{out}", "{dry}")
         found.append(Step(f"providers-{name}", command, 300, after=f"export-{name}"))
     return found
 
 
 def _model(model: str) -> list[Step]:
-    """Its bundle, its engines without and with our plugin, PyTorch beside them."""
-    name, engines = model.replace(":", "-"), ("-m", f"{GPU}.engines")
+    """Its bundle, its engines, PyTorch beside them.
+
+    With our plugin library each part is built and timed with and without it, so that at paper size
+    no builds without it are made besides.
+    """
+    name, tiny = model.replace(":", "-"), ":" not in model
     bundle, after = f"{{work}}/{name}.refedge", f"export-{name}"
-    said, needs = ("{out}", "{dry}"), 60 if name.endswith("tiny") else 120
-    found = [
-        Step(after, ("-m", f"{GPU}.bundles", model, bundle, *said), 600, needs=needs),
-        Step(f"engines-{name}", (*engines, bundle, *said), 600, True, needs, after),
-    ]
-    for library in sorted(PLUGINS.glob("*.so"))[:1]:
+    said, needs = ("{out}", "{dry}"), 60 if tiny else 120
+    export = ("-m", f"{GPU}.bundles", model, bundle, *said)
+    found = [Step(after, export, 600, needs=needs, makes=bundle)]
+    libraries, engines = sorted(PLUGINS.glob("*.so"))[:1], ("-m", f"{GPU}.engines")
+    if tiny or not libraries:
+        found.append(Step(f"engines-{name}", (*engines, bundle, *said), 600, True, needs, after))
+    for library in libraries:
         plugin = (*engines, bundle, *said, f"--plugin={library}")
         found.append(Step(f"plugin-{name}", plugin, 600, True, needs, after))
     peers = ("-m", f"{GPU}.peers", model, bundle, *said)
@@ -99,13 +107,13 @@ def _model(model: str) -> list[Step]:
 
 
 def in_turn(found: list[Step], work: Path) -> list[Step]:
-    """Those that were tried before come last, but for those that others wait for."""
+    """Those that failed before come last, but for those that others wait for."""
     waited = {step.after for step in found}
 
-    def tried(step: Step) -> bool:
-        return step.name not in waited and (work / f"results/{step.name}.log").is_file()
+    def failed(step: Step) -> bool:
+        return step.name not in waited and (work / f"results/{step.name}.tried").is_file()
 
-    return sorted(found, key=tried)
+    return sorted(found, key=failed)
 
 
 def has_gpu() -> bool:
@@ -141,9 +149,6 @@ def prepare(work: Path, dry: bool) -> dict[str, str]:
         command += ["--upgrade", "--target", str(site)]
         if subprocess.run([*command, *map(str, wheels)], check=False).returncode == 0:
             installed.touch()
-    for module, fix in MISSING.items():
-        if importlib.util.find_spec(module) is None and not (site / module).is_dir():
-            print(f"{module} is not here, most steps will fail: {fix}")
     if interpreter(True) is None:
         print("TensorRT is not here, no engine will be built: unpack the GPU kit")
     if not any(PLUGINS.glob("*.so")):
@@ -157,10 +162,15 @@ def prepare(work: Path, dry: bool) -> dict[str, str]:
     }
 
 
+def _is_there(module: str, work: Path) -> bool:
+    return importlib.util.find_spec(module) is not None or (work / "site" / module).is_dir()
+
+
 def run_step(step: Step, work: Path, environment: dict[str, str], left: float, dry: bool) -> str:
     """Run one step; what became of it, in a few words."""
     out = work / ("dry" if dry else "results") / f"{step.name}.json"
-    if out.is_file() and not dry:
+    made = Path(step.makes.format(work=work))  # "" is here
+    if out.is_file() and made.is_dir() and not dry:
         return "done before"
     python = interpreter(step.kit)
     if python is None:
@@ -171,7 +181,12 @@ def run_step(step: Step, work: Path, environment: dict[str, str], left: float, d
         return "left for another time"
     out.parent.mkdir(parents=True, exist_ok=True)
     begun, failed = out.with_suffix(".part"), out.with_suffix(".failed.json")
-    if failed.is_file() and not dry:
+    newer = begun.is_file() and (
+        not failed.is_file() or begun.stat().st_mtime > failed.stat().st_mtime
+    )
+    if dry:
+        begun.unlink(missing_ok=True)
+    elif failed.is_file() and not newer:
         shutil.copy(failed, begun)  # it goes on from there
     words = {"out": str(begun), "work": str(work), "dry": "--dry" if dry else ""}
     command = [*python, *filter(None, (c.format(**words) for c in step.command))]
@@ -180,6 +195,8 @@ def run_step(step: Step, work: Path, environment: dict[str, str], left: float, d
     if begun.is_file():
         os.replace(begun, out if code == 0 else failed)
     spent = f"{time.monotonic() - started:.0f} s"
+    if code is not None or left >= step.seconds:  # else the budget ended it: it keeps its place
+        out.with_suffix(".tried").touch()
     if code is None:
         return f"ended after {spent}: it took too long"
     if code:
@@ -235,13 +252,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=25.0, help="minutes")
     parser.add_argument("--work", type=Path, default=ROOT / "out/gpu")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--again", nargs="+", default=[], help="Steps to forget, after a repair.")
     asked = parser.parse_args(arguments)
     work, until = asked.work.resolve(), time.monotonic() + 60 * asked.budget
     dry = not has_gpu()
     if dry:
         print("no GPU here: dry checks only, nothing is measured")
         shutil.rmtree(work / "dry", ignore_errors=True)
+    for name in asked.again:
+        for suffix in (".json", ".failed.json", ".part", ".log", ".tried"):
+            (work / "results" / f"{name}{suffix}").unlink(missing_ok=True)
+        if name.startswith("export-"):
+            shutil.rmtree(work / f"{name.removeprefix('export-')}.refedge", ignore_errors=True)
     environment = prepare(work, dry)
+    if not dry and (missing := [m for m in MISSING if not _is_there(m, work)]):
+        print(f"not begun: {', '.join(f'{m} ({MISSING[m]})' for m in missing)}")
+        return 1
     said = {}
     found = steps(("slvit-tiny",) if dry else tuple(asked.models))
     for step in found if dry else in_turn(found, work):

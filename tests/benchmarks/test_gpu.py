@@ -24,7 +24,10 @@ from refedge.tests.gpu import sanitized
 WRITE = "import sys; open(sys.argv[1], 'w').write('{{}}')"
 
 
-def test_the_device_comes_before_models_and_every_module_is_there() -> None:
+def test_the_device_comes_before_models_and_every_module_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "PLUGINS", tmp_path)
     found = run.steps()
     assert [s.name for s in found][:2] == ["machine", "operators"]
     assert found[-1].name == "providers-m3att-paper"
@@ -46,9 +49,10 @@ def test_engines_with_a_plugin_follow_those_without(
     assert not [s for s in run.steps() if s.name.startswith("plugin-")]
     (tmp_path / "made.so").touch()
     names = [s.name for s in run.steps()]
-    at = names.index("engines-slvit-paper")
-    assert names[at + 1 : at + 3] == ["plugin-slvit-paper", "peers-slvit-paper"]
+    at = names.index("engines-slvit-tiny")
+    assert names[at + 1 : at + 3] == ["plugin-slvit-tiny", "peers-slvit-tiny"]
     assert run.steps()[at + 1].command[-1] == f"--plugin={tmp_path / 'made.so'}"
+    assert "engines-slvit-paper" not in names, "the plugin's step builds and times both"
 
 
 def do(step: Step, work: Path, *, left: float = 600, dry: bool = False) -> str:
@@ -73,6 +77,38 @@ def test_a_step_that_fails_or_hangs_is_said_to(tmp_path: Path) -> None:
     assert [s.name for s in run.in_turn(asked, tmp_path)] == ["a", "c", "d"], "others wait for it"
     hangs = Step("b", ("-c", "import time; time.sleep(60)"), 1)
     assert "took too long" in do(hangs, tmp_path)
+    cut = Step("e", ("-c", "import time; time.sleep(60)"), 60, needs=0)
+    assert "took too long" in do(cut, tmp_path, left=1)
+    asked = [cut, hangs, Step("c", (), 60)]
+    assert [s.name for s in run.in_turn(asked, tmp_path)] == ["e", "c", "b"], "the budget ended it"
+
+
+def test_a_result_without_what_it_made_is_none(tmp_path: Path) -> None:
+    step = Step("a", ("-c", WRITE, "{out}"), 60, makes="{work}/a.refedge")
+    (tmp_path / "a.refedge").mkdir()
+    assert do(step, tmp_path).startswith("ok")
+    assert do(step, tmp_path) == "done before"
+    (tmp_path / "a.refedge").rmdir()
+    assert do(step, tmp_path).startswith("ok")
+
+
+def test_what_was_repaired_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(run, "has_gpu", lambda: True)
+    monkeypatch.setattr(run, "steps", lambda m: [Step("export-a", ("-c", WRITE, "{out}"), 60)])
+    (tmp_path / "a.refedge").mkdir()
+    command = ["--work", str(tmp_path)]
+    assert run.main(command) == 0
+    assert run.main(command) == 0
+    assert "done before" in capsys.readouterr().out
+    assert run.main([*command, "--again", "export-a"]) == 0
+    assert "done before" not in capsys.readouterr().out
+    assert not (tmp_path / "a.refedge").exists()
+    monkeypatch.setitem(run.MISSING, "nothing_of_that_name", "bring it")
+    assert run.main(command) == 1
+    assert "not begun: nothing_of_that_name (bring it)" in capsys.readouterr().out
 
 
 def test_what_a_failed_step_wrote_is_kept_apart(tmp_path: Path) -> None:
@@ -145,18 +181,23 @@ def test_attention_is_timed_at_the_models_own_shapes() -> None:
 
 
 def test_the_smoke_has_the_forms_it_is_for() -> None:
-    model = onnx.load(operators.GRAPH)
-    nodes = [n.op_type for n in model.graph.node]
-    assert nodes[:2] == ["Cast", "Transpose"], "TensorRT casts uint8 before anything else"
-    assert nodes.count("InstanceNormalization") == 2
-    assert {"TopK", "GatherElements", "Gather", "Where"} <= set(nodes)
-    assert (model.opset_import[0].version, model.ir_version) == (17, 8)
+    for name, norm in (
+        (operators.INSTANCE, "InstanceNormalization"),
+        (operators.LAYER, "LayerNormalization"),
+    ):
+        model = onnx.load(operators.GRAPHS[name])
+        nodes = [n.op_type for n in model.graph.node]
+        assert nodes[:2] == ["Cast", "Transpose"], "TensorRT casts uint8 before anything else"
+        assert [n for n in nodes if "Norm" in n] == [norm, norm]
+        assert {"TopK", "GatherElements", "Gather", "Where"} <= set(nodes)
+        assert (model.opset_import[0].version, model.ir_version) == (17, 8)
 
 
 def test_the_smoke_notices_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "o.json"
     assert operators.main(str(out), "--dry") == 0
-    assert json.loads(out.read_text())["engines"]["onnxruntime"]["errors"][0] < 1e-5
+    engines = json.loads(out.read_text())["engines"]
+    assert [max(e["errors"]) < 1e-5 for e in engines.values()] == [True] * 2
     with np.load(operators.DATA) as file:
         data = dict(file)
     assert operators.compare({"text": data["expect_text"] * np.nan}, data) == float("inf")
@@ -255,8 +296,11 @@ def test_a_page_with_results(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "code", "verdict"),
     [
-        ("========= ERROR SUMMARY: 0 errors", 0, "clean"),
-        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "clean"),
+        ("12 checks, 0 failed ========= ERROR SUMMARY: 0 errors", 0, "clean"),
+        ("12 checks, 0 failed; RACECHECK SUMMARY: 0 hazards displayed (0 errors)", 0, "clean"),
+        ("0 checks, 0 failed ========= ERROR SUMMARY: 0 errors", 0, "failed"),
+        ("12 checks, 1 failed ========= ERROR SUMMARY: 0 errors", 0, "failed"),
+        ("no GPU: nothing was checked ========= ERROR SUMMARY: 0 errors", 0, "failed"),
         ("========= RACECHECK SUMMARY: 10 hazards displayed (0 errors, 10 warnings)", 0, "failed"),
         ("========= ERROR SUMMARY: 2 errors", sanitized.FOUND, "errors"),
         ("========= Error: Device not supported", 0, "failed"),
@@ -310,7 +354,9 @@ def test_peers_are_timed_as_the_engines_are(quantized: Path, tmp_path: Path) -> 
     assert list(found) == [peers.EAGER]
     assert set(found[peers.EAGER]["milliseconds"]) == {"text", "mask", "all"}
     assert found[peers.EAGER]["end_to_end"]["uncached"]["p50"] > 0
-    assert peers.main("slvit-tiny", str(tmp_path), str(out), "--dry") == 0, "goes on"
+    again = out.stat().st_mtime_ns
+    assert peers.main("slvit-tiny", str(quantized), str(out), "--dry") == 0
+    assert out.stat().st_mtime_ns == again, "nothing was left to do"
 
 
 def test_a_peer_that_fails_does_not_end_the_others(
@@ -318,7 +364,7 @@ def test_a_peer_that_fails_does_not_end_the_others(
 ) -> None:
     tried: list[str] = []
 
-    def run_mode(model: str, bundle: Path, mode: str, **more: Any) -> dict[str, Any]:
+    def run_mode(loaded: Any, opened: Any, mode: str, **more: Any) -> dict[str, Any]:
         tried.append(mode)
         if mode == peers.COMPILED and tried.count(mode) == 1:
             raise RuntimeError("no compiler")
