@@ -28,14 +28,16 @@ from ..export.words import STATISTICS
 
 MOVERS = ("Transpose", "Reshape", "Resize")  # one input, values unchanged or blended
 ELEMENTWISE = ("Add", "Mul")
-HIGH = ("Softmax", "LayerNormalization", "InstanceNormalization", "Div", "TopK", "Tanh")
+# in no integers, and in float32 even where the rest is float16
+WIDE = ("Softmax", "LayerNormalization", "InstanceNormalization", "Div", "TopK")
+HIGH = (*WIDE, "Tanh")
 
 
 @dataclass(frozen=True)
 class Placement:
     """Names of nodes and tensors.
 
-    int8, high: nodes that compute in integers; nodes that stay in float32 in every plan.
+    int8, high: nodes that compute in integers; those that are in float32 where the rest is float16.
     inputs:     tensors that integer nodes read, and what movers before them read.
     stored:     tensors that only ONNX Runtime's integer kernels write as integers.
     weights:    constant to the axis of its channels, None for one scale in all; those of spared
@@ -81,7 +83,7 @@ def place(
     same = (*_spread(index, inputs), *moved, *_store_elementwise(index, inputs, stored, high))
     return Placement(
         tuple(int8),
-        tuple(n.name for n in index.nodes if n.name in high),
+        tuple(n.name for n in index.nodes if is_high(n, tuple(high_modules), WIDE)),
         tuple(inputs),
         tuple(t for t in stored if t not in inputs and t not in index.outputs),
         weights,
@@ -91,11 +93,11 @@ def place(
     )
 
 
-def is_high(node: onnx.NodeProto, modules: tuple[str, ...]) -> bool:
-    """Whether a node stays in float32 in every plan, by its kind or by its module."""
+def is_high(node: onnx.NodeProto, modules: tuple[str, ...], kinds: tuple[str, ...] = HIGH) -> bool:
+    """Whether a node stays out of integers, by its kind or by its module; ``WIDE``: in float32."""
     module = module_of(node)
     inside = any(module == m or module.startswith(f"{m}.") for m in modules)
-    return inside or node.op_type in HIGH or STATISTICS in node.name
+    return inside or node.op_type in kinds or STATISTICS in node.name
 
 
 def channel_axis(index: GraphIndex, node: onnx.NodeProto, weight: str) -> int | None:

@@ -26,7 +26,7 @@ from ..runtime.segmenter import load
 from .equalization import SAMPLES as CHANNEL_SAMPLES
 from .equalization import channel_scales
 from .naive import naive_placement
-from .placement import Placement, is_high, place, weighted_macs
+from .placement import WIDE, Placement, is_high, place, weighted_macs
 from .ranges import METHODS, scale_of, weight_scales
 from .sensitivity import Array, Node, node_errors, run_part, spared
 from .statistics import Arrays, Collector
@@ -111,7 +111,7 @@ def half_plan(bundle: Bundle) -> Plan:
     for name, file in bundle.manifest.canonical.graphs.items():
         raw = bundle.file(file).read_bytes()
         nodes = onnx.ModelProto.FromString(raw).graph.node
-        high = tuple(n.name for n in nodes if is_high(n, bundle.manifest.high))
+        high = tuple(n.name for n in nodes if is_high(n, bundle.manifest.high, WIDE))
         parts[name] = PartPlan(hashlib.sha256(raw).hexdigest(), high=high)
     return Plan("fp16", "fp16", parts)
 

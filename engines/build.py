@@ -121,10 +121,8 @@ def build(
                 continue
             if done is not None:
                 say(f"{part.name}: its engine is here without weights; they are put in")
-            made = [work.build(part, way, done, new=i) for i, way in enumerate(ways.items())]
-            names = [way.dialect.name for way in ways.values()]
-            timed = work.race(part, made, names) if len(made) > 1 else ()
-            best = min(range(len(timed)), key=lambda i: timed[i].milliseconds, default=0)
+            made = work.builds(part, ways, done)
+            timed, best = work.race(part, made, ways) if len(ways) > 1 else ((), 0)
             file, spec, result = made[best]
             try:
                 inspection = _inspected(result, ways[spec.graph], part.name)
@@ -202,10 +200,37 @@ class _Work:
         )
         return file, spec, result
 
+    def builds(
+        self, part: PartSpec, ways: dict[str, Source], done: EngineSpec | None
+    ) -> list[tuple[Path, EngineSpec, PartResult]]:
+        """One for each way; where TensorRT refuses one of two, the other."""
+        errors: list[EngineError] = []
+
+        def tried(way: tuple[str, Source]) -> tuple[Path, EngineSpec, PartResult] | None:
+            try:
+                return self.build(part, way, done, new=list(ways).index(way[0]))
+            except EngineError as error:
+                if error.code not in ("engine-parse", "engine-build"):
+                    raise
+                errors.append(error)
+                self.say(f"{part.name}: not as {way[1].dialect.name}: {error.what}: {error.why}")
+                return None
+
+        made = [one for way in ways.items() if (one := tried(way)) is not None]
+        if not made:
+            raise errors[0]
+        return made
+
     def race(
-        self, part: PartSpec, made: Sequence[tuple[Path, EngineSpec, PartResult]], names: list[str]
-    ) -> tuple[Timed, ...]:
-        """Time them; ``names`` are their dialects."""
+        self,
+        part: PartSpec,
+        made: list[tuple[Path, EngineSpec, PartResult]],
+        ways: dict[str, Source],
+    ) -> tuple[tuple[Timed, ...], int]:
+        """What was timed, and which is the fastest."""
+        if len(made) == 1:
+            (_, spec, _), name = made[0], ways[made[0][1].graph].dialect.name
+            return (Timed(name, spec.graph, None),), 0
         task = RaceTask(
             part,
             tuple((str(file), spec) for file, spec, _ in made),
@@ -216,12 +241,12 @@ class _Work:
         )
         spent = _against_each_other(task, self.say)
         timed = tuple(
-            Timed(name, spec.graph, each)
-            for name, (_, spec, _), each in zip(names, made, spent, strict=True)
+            Timed(ways[spec.graph].dialect.name, spec.graph, each)
+            for (_, spec, _), each in zip(made, spent, strict=True)
         )
         told = ", ".join(f"{t.milliseconds:.3f} ms as {t.dialect}" for t in timed)
         self.say(f"{part.name}: {told}; the faster is kept")
-        return timed
+        return timed, min(range(len(spent)), key=spent.__getitem__)
 
     @property
     def _plugins(self) -> dict[str, str]:

@@ -121,7 +121,11 @@ def _engines(file: Path, here: Target | None) -> dict[str, Any]:
                 "layers": spec.layers,
                 "stripped": spec.stripped,
                 "timed": [
-                    f"{t.milliseconds:.3f} ms as {t.dialect}"
+                    (
+                        f"{t.dialect} alone could be built"
+                        if t.milliseconds is None
+                        else f"{t.milliseconds:.3f} ms as {t.dialect}"
+                    )
                     + " (this one)" * (t.graph == spec.graph)
                     for t in spec.timed
                 ],

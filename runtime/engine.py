@@ -63,12 +63,13 @@ class Timed:
     """An engine that was built for a part and timed beside another one (``engines/race.py``).
 
     dialect, graph: name, and SHA-256 of the graph file.
-    milliseconds:   median of a run at the usual shapes, inputs on the device.
+    milliseconds:   median of a run at the usual shapes, inputs on the device; None where it is the
+                    only one that could be built.
     """
 
     dialect: str
     graph: str
-    milliseconds: float
+    milliseconds: float | None
 
 
 @dataclass(frozen=True)

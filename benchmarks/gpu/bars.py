@@ -99,10 +99,11 @@ def _overhead(spent: dict[str, Any], where: str) -> Iterator[Row]:
             yield "overhead ≤ 5 % or 0.3 ms", f"{where}, {part}", said, holds
 
 
-def _chosen(timed: dict[str, float], where: str) -> Iterator[Row]:
+def _chosen(timed: dict[str, float | None], where: str) -> Iterator[Row]:
     """``refedge build`` keeps the fastest: shown, so that it can be seen which."""
     if timed:
-        said = ", ".join(f"{name} {spent:.3f} ms" for name, spent in timed.items())
+        times = {name: f"{spent:.3f} ms" for name, spent in timed.items() if spent is not None}
+        said = ", ".join(f"{name} {times.get(name, 'alone')}" for name in timed)
         yield "faster one offered", where, said, True
 
 

@@ -45,11 +45,14 @@ class Builder:
     def __init__(self) -> None:
         self.tasks: list[PartTask] = []
         self.inspector = EMPTY
-        self.fails_at = ""
+        self.fails_at = self.refuses = ""
+        self.code = "engine-build"
 
     def __call__(self, task: PartTask, say: Any) -> PartResult:
         if task.part == self.fails_at:
             raise EngineError("engine-memory", "too little", why="so", fix="more")
+        if self.refuses and self.refuses in task.graph:
+            raise EngineError(self.code, "no", why="no kernel", fix="other")
         self.tasks.append(task)
         fused = "with a plugin " if Path(task.graph).name.split(".")[1].count("-") else ""
         Path(task.engine).write_bytes(f"engine {fused}of {task.part}".encode())
@@ -537,6 +540,38 @@ def test_the_plugin_is_kept_only_where_it_is_faster(
     assert task.shapes["pixels"][1] == (1, 96, 96, 3)
     assert set(task.made) >= {t.name for t in task.part.inputs if t.name not in ("pixels", "words")}
     assert len(task.plugins) == len(asked.get("plugins", ()))
+
+
+@pytest.mark.parametrize("refused", ["mask.trt10-plugin.", "mask.trt10."])
+def test_what_alone_can_be_built_is_kept(
+    refused: str, own_bundle: Path, builder: Builder, racer: Race, library: Path
+) -> None:
+    quantize(own_bundle, "fp16", dialects=["ort", "trt10", "trt10-plugin"])
+    builder.refuses = refused
+    said: list[str] = []
+    record = build(own_bundle, "fp16", plugins=[library], say=said.append)
+    (timed,) = record.parts["mask"].timed
+    assert timed.milliseconds is None
+    assert (timed.dialect == "trt10") == (refused == "mask.trt10-plugin.")
+    assert any("no: no kernel" in line for line in said)
+    folder = own_bundle / "engines" / HERE.name / "fp16"
+    engines = Engines(folder, decode_engines((folder / "engines.json").read_bytes()))
+    opened = open_bundle(own_bundle)
+    assert engines.read("mask", engines.graph(opened, "mask"))
+    assert "alone could be built (this one)" in "\n".join(lines(inspect_bundle(own_bundle)))
+    assert racer.tasks == []
+    builder.parts()
+    builder.refuses = ""
+    run(own_bundle, "fp16", plugins=[library])
+    assert builder.parts() == ["mask", "mask"], "the next build tries both again"
+    builder.refuses, builder.code = "mask.", "engine-memory"
+    with pytest.raises(EngineError) as caught:
+        run(own_bundle, "fp16", plugins=[library], options=Options(level=1))
+    assert caught.value.code == "engine-memory"
+    builder.code = "engine-build"
+    with pytest.raises(EngineError) as caught:
+        run(own_bundle, "fp16", plugins=[library], options=Options(level=1))
+    assert caught.value.code == "engine-build"
 
 
 def test_without_a_race_the_plugin_is_kept(
