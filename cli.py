@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 from .cli_engines import build, doctor, inspect
 from .cli_plugin import plugin
 from .cli_weights import convert, export, models, train
-from .errors import RefedgeError, RefedgeWarning
+from .errors import DataError, RefedgeError, RefedgeWarning
 
 Item = TypeVar("Item")
 _TRACING = "torch transformers safetensors onnx onnxscript"  # what needs one needs them all
@@ -127,6 +128,15 @@ def quantize(
     """Make a precision plan for BUNDLE and write its dialects into it."""
     from .calibration.quantize import quantize as run
 
+    source = click.get_current_context().get_parameter_source
+    given = [n for n in ("method", "samples", "spare") if source(n) is ParameterSource.COMMANDLINE]
+    if data is None and plan != "fp16" and given:
+        raise DataError(
+            "calibrate-data",
+            f"--{' and --'.join(given)} say how to calibrate, and there is no --data",
+            why="a plan that is there would be written as it is",
+            fix="for example --data refshapes:calibration",
+        )
     made, manifest = run(
         bundle,
         plan,

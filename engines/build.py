@@ -14,16 +14,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -42,15 +37,12 @@ from ..runtime.engine import (
 )
 from ..runtime.files import make_folder, write_atomically
 from ..runtime.manifest import PartSpec
+from .child import against_each_other, in_a_process
 from .layers import Inspection, inspect_layers, read_layers, require_plan
 from .part import Options, PartResult, PartTask, Shapes
-from .race import RaceResult, RaceTask
-from .refusals import no_memory
+from .race import RaceTask
 from .source import Source, profile_of, shapes_of, sizes_of, source_of
 from .tensorrt import dialect_of
-
-_LINES = 30  # of a process that died
-_Answer = TypeVar("_Answer", PartResult, RaceResult)
 
 
 def build(
@@ -91,8 +83,8 @@ def build(
     source = source_of(bundle, plan, dialect_of(trt.__version__), fused=fused)
     sources = [source]
     if race and fused and source.dialect.name.endswith(f"-{fused}"):
-        _require_weights(options)
         sources.append(source_of(bundle, plan, dialect_of(trt.__version__)))
+        _require_what_times(options)
     root = bundle.path / FOLDER / here.name
     folder = root / plan
     make_folder(folder)
@@ -121,6 +113,8 @@ def build(
                 continue
             if done is not None:
                 say(f"{part.name}: its engine is here without weights; they are put in")
+            for left in folder.glob(f"{part.name}.engine.new*"):
+                left.unlink()  # of a build that failed
             made = work.builds(part, ways, done)
             timed, best = work.race(part, made, ways) if len(ways) > 1 else ((), 0)
             file, spec, result = made[best]
@@ -187,7 +181,7 @@ class _Work:
             self.options,
             "" if done is None else str(self.folder / done.file),
         )
-        result = _in_a_process(task, self.say)
+        result = in_a_process(task, self.say)
         spec = EngineSpec(
             f"{part.name}.engine",
             graph,
@@ -239,7 +233,13 @@ class _Work:
             self._plugins,
             self.options.versions,
         )
-        spent = _against_each_other(task, self.say)
+        try:
+            spent = against_each_other(task, self.say)
+        except EngineError as error:  # for want of memory for both, say
+            (_, spec, _), name = made[-1], ways[made[-1][1].graph].dialect.name
+            why = f"{error.what}: {error.why}"
+            self.say(f"{part.name}: not timed, {why}; kept as {name}, without the plugin")
+            return (Timed(name, spec.graph, None),), len(made) - 1
         timed = tuple(
             Timed(ways[spec.graph].dialect.name, spec.graph, each)
             for (_, spec, _), each in zip(made, spent, strict=True)
@@ -269,7 +269,14 @@ class _Work:
         return shapes_of(self.bundle.manifest, part, profile, self.batches)
 
 
-def _require_weights(options: Options) -> None:
+def _require_what_times(options: Options) -> None:
+    if find_spec("pycuda") is None:
+        raise EngineError(
+            "backend-missing",
+            "engines with and without plugins cannot be timed",
+            why="pycuda, which runs them, is not installed",
+            fix="pip install 'pycuda>=2024.1', or add --no-race to keep those with the plugins",
+        )
     if options.strip:
         raise EngineError(
             "engine-option",
@@ -331,67 +338,3 @@ def _only_one(path: Path) -> Iterator[None]:
         file.flush()
         os.set_inheritable(file.fileno(), True)  # a builder that outlives this process keeps it
         yield
-
-
-def _in_a_process(task: PartTask, say: Callable[[str], None]) -> PartResult:
-    """Run ``part.py``; what ends that process from outside becomes an EngineError here."""
-    return _alone("part", f"builder of the part {task.part!r}", task.part, task, PartResult, say)
-
-
-def _against_each_other(task: RaceTask, say: Callable[[str], None]) -> tuple[float, ...]:
-    """Run ``race.py``, the same way."""
-    name = task.part.name
-    what = f"process that timed the engines of the part {name!r}"
-    return _alone("race", what, name, task, RaceResult, say).milliseconds
-
-
-def _alone(
-    module: str,
-    what: str,
-    part: str,
-    task: PartTask | RaceTask,
-    kind: type[_Answer],
-    say: Callable[[str], None],
-) -> _Answer:
-    folder = Path(tempfile.mkdtemp(prefix="refedge-build-"))
-    try:
-        asked, answer = folder / "task.json", folder / "result.json"
-        asked.write_bytes(msgspec.json.encode(task))
-        command = [sys.executable, "-m", f"refedge.engines.{module}", str(asked), str(answer)]
-        lines: list[str] = []
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            close_fds=False,  # the lock goes along (``_only_one``); nothing else is inheritable
-        ) as process:
-            for line in process.stdout or ():
-                lines = [*lines[1 - _LINES :], line.rstrip()]
-                say(line.rstrip())
-        if process.returncode or not answer.is_file():
-            raise _died(what, part, process.returncode, lines)
-        result = msgspec.json.decode(answer.read_bytes(), type=kind)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if result.error is not None:
-        code, text, why, fix = result.error
-        raise EngineError(code, text, why=why, fix=fix)
-    return result
-
-
-def _died(what: str, part: str, status: int, lines: list[str]) -> EngineError:
-    said = " | ".join(lines[-4:]) or "it said nothing"
-    if status == -signal.SIGKILL:
-        return no_memory(part, f"the system ended the {what} (SIGKILL); {said}")
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"exit code {status}"
-    return EngineError(
-        "engine-build",
-        f"the {what} died",
-        why=f"{name}; {said}",
-        fix="try --level 1; if it stays, report it with TensorRT's version",
-    )

@@ -122,7 +122,7 @@ def _engines(file: Path, here: Target | None) -> dict[str, Any]:
                 "stripped": spec.stripped,
                 "timed": [
                     (
-                        f"{t.dialect} alone could be built"
+                        f"{t.dialect}, not timed"
                         if t.milliseconds is None
                         else f"{t.milliseconds:.3f} ms as {t.dialect}"
                     )

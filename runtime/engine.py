@@ -63,8 +63,8 @@ class Timed:
     """An engine that was built for a part and timed beside another one (``engines/race.py``).
 
     dialect, graph: name, and SHA-256 of the graph file.
-    milliseconds:   median of a run at the usual shapes, inputs on the device; None where it is the
-                    only one that could be built.
+    milliseconds:   median of a run at the usual shapes, inputs on the device; None where no other
+                    one could be built, or the two not be timed.
     """
 
     dialect: str

@@ -103,7 +103,7 @@ def _chosen(timed: dict[str, float | None], where: str) -> Iterator[Row]:
     """``refedge build`` keeps the fastest: shown, so that it can be seen which."""
     if timed:
         times = {name: f"{spent:.3f} ms" for name, spent in timed.items() if spent is not None}
-        said = ", ".join(f"{name} {times.get(name, 'alone')}" for name in timed)
+        said = ", ".join(f"{name} {times.get(name, 'not timed')}" for name in timed)
         yield "faster one offered", where, said, True
 
 

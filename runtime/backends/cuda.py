@@ -211,8 +211,10 @@ class _Process:
     def free(self, kind: str, size: int, make: Callable[[], Any]) -> tuple[Any, list[Any]]:
         """What is free of a kind and size, or a new one; and the pool that it goes back to."""
         pool = self.pools.setdefault((kind, size), [])
-        if pool:
+        try:
             return pool.pop(), pool
+        except IndexError:  # none is free, or another thread was first
+            pass
         try:
             return make(), pool
         except self.driver.MemoryError:
@@ -221,7 +223,7 @@ class _Process:
 
     def trim(self) -> None:
         """Give the driver back what is free; the context must be current."""
-        for pool in self.pools.values():
+        for pool in list(self.pools.values()):  # other threads may add some
             pool.clear()
 
 

@@ -69,7 +69,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     made = Builder()
     monkeypatch.setattr(module, "open_tensorrt", lambda: SimpleNamespace(__version__="10.3.0.30"))
     monkeypatch.setattr(module, "target_for", lambda version: HERE)
-    monkeypatch.setattr(module, "_in_a_process", made)
+    monkeypatch.setattr(module, "in_a_process", made)
     return made
 
 
@@ -202,7 +202,7 @@ def test_a_builder_that_outlives_its_parent_keeps_the_lock(
     monkeypatch.setattr(sys, "executable", str(python))
     said: list[str] = []
     with module._only_one(tmp_path / "build.lock"), pytest.raises(EngineError, match="died"):
-        module._in_a_process(a_task(tmp_path), said.append)
+        module.in_a_process(a_task(tmp_path), said.append)
     with pytest.raises(EngineError) as caught, module._only_one(tmp_path / "build.lock"):
         pass
     assert caught.value.code == "engine-locked"
@@ -344,7 +344,7 @@ def a_task(folder: Path) -> PartTask:
 
 def test_errors_cross_the_builders_process(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
-        module._in_a_process(a_task(tmp_path), print)
+        module.in_a_process(a_task(tmp_path), print)
     assert caught.value.code == "backend-missing"
 
 
@@ -366,7 +366,7 @@ def test_a_builder_that_dies(
     monkeypatch.setattr(sys, "executable", str(python))
     said: list[str] = []
     with pytest.raises(EngineError) as caught:
-        module._in_a_process(a_task(tmp_path), said.append)
+        module.in_a_process(a_task(tmp_path), said.append)
     assert caught.value.code == code
     assert why in caught.value.why
     assert said == (["working"] if "echo" in script else [])
@@ -483,7 +483,8 @@ class Race:
 @pytest.fixture
 def racer(monkeypatch: pytest.MonkeyPatch) -> Race:
     made = Race()
-    monkeypatch.setattr(module, "_against_each_other", made)
+    monkeypatch.setattr(module, "find_spec", lambda name: True)  # pycuda
+    monkeypatch.setattr(module, "against_each_other", made)
     return made
 
 
@@ -558,7 +559,7 @@ def test_what_alone_can_be_built_is_kept(
     engines = Engines(folder, decode_engines((folder / "engines.json").read_bytes()))
     opened = open_bundle(own_bundle)
     assert engines.read("mask", engines.graph(opened, "mask"))
-    assert "alone could be built (this one)" in "\n".join(lines(inspect_bundle(own_bundle)))
+    assert "not timed (this one)" in "\n".join(lines(inspect_bundle(own_bundle)))
     assert racer.tasks == []
     builder.parts()
     builder.refuses = ""
@@ -572,6 +573,31 @@ def test_what_alone_can_be_built_is_kept(
     with pytest.raises(EngineError) as caught:
         run(own_bundle, "fp16", plugins=[library], options=Options(level=1))
     assert caught.value.code == "engine-build"
+
+
+def test_what_cannot_be_timed_is_kept_without_the_plugin(
+    own_bundle: Path, builder: Builder, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(task: RaceTask, say: Any) -> tuple[float, ...]:
+        raise EngineError("cuda-memory", "too little", why="for both", fix="more")
+
+    quantize(own_bundle, "fp16", dialects=["ort", "trt10", "trt10-plugin"])
+    monkeypatch.setattr(module, "against_each_other", crash)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(EngineError) as caught:
+        run(own_bundle, "fp16", plugins=[library])
+    assert (caught.value.code, builder.parts()) == ("backend-missing", [])
+    assert "--no-race" in caught.value.fix
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    folder = own_bundle / "engines" / HERE.name / "fp16"
+    folder.mkdir(parents=True)
+    (folder / "mask.engine.new1").write_bytes(b"left")
+    said: list[str] = []
+    record = build(own_bundle, "fp16", plugins=[library], say=said.append)
+    assert [(t.dialect, t.milliseconds) for t in record.parts["mask"].timed] == [("trt10", None)]
+    assert (folder / "mask.engine").read_bytes() == b"engine of mask"
+    assert any("not timed, too little: for both; kept as trt10" in line for line in said)
+    assert not list(folder.glob("*.new*"))
 
 
 def test_without_a_race_the_plugin_is_kept(

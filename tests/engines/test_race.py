@@ -134,7 +134,7 @@ def test_tasks_and_results_survive_the_way(tmp_path: Path) -> None:
 
 def test_errors_cross_the_process(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:  # TensorRT is not here
-        build._against_each_other(task_of(tmp_path), print)
+        build.against_each_other(task_of(tmp_path), print)
     assert caught.value.code in ("backend-missing", "cuda-missing")
 
 
@@ -144,7 +144,7 @@ def test_a_process_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(EngineError) as caught:
-        build._against_each_other(task_of(tmp_path), print)
+        build.against_each_other(task_of(tmp_path), print)
     assert caught.value.code == "engine-build"
     assert "timed the engines of the part 'mask' died" in caught.value.what
     assert "SIGSEGV" in caught.value.why
