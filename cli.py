@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from click.core import ParameterSource
 
 from . import __version__
 from .cli_engines import build, doctor, inspect
 from .cli_plugin import plugin
 from .cli_weights import convert, export, models, train
-from .errors import DataError, RefedgeError, RefedgeWarning
+from .errors import RefedgeError, RefedgeWarning
 
 Item = TypeVar("Item")
 _TRACING = "torch transformers safetensors onnx onnxscript"  # what needs one needs them all
@@ -109,8 +108,8 @@ def run(
 @click.option("--plan", default="int8", show_default=True, help="int8, fp16, or naive.")
 @click.option("--data", help="Calibration set; none: add dialects to the plan that is there.")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of REFER's or own files.")
-@click.option("--method", default="mse", show_default=True, help=f"One of {', '.join(_METHODS)}.")
-@click.option("--samples", type=int, default=256, show_default=True)
+@click.option("--method", help=f"One of {', '.join(_METHODS)}; default: mse.")
+@click.option("--samples", type=int, help="Of the calibration set; default: 256.")
 @click.option("--spare", type=float, help="Share of the MACs that may stay in float.")
 @click.option("--rest", help="What is not int8: fp32 (default), or fp16, for GPUs.")
 @click.option("--dialect", "dialects", multiple=True, default=("ort", "ort-u8u8"))
@@ -119,8 +118,8 @@ def quantize(
     plan: str,
     data: str | None,
     root: Path | None,
-    method: str,
-    samples: int,
+    method: str | None,
+    samples: int | None,
     spare: float | None,
     rest: str | None,
     dialects: tuple[str, ...],
@@ -128,15 +127,6 @@ def quantize(
     """Make a precision plan for BUNDLE and write its dialects into it."""
     from .calibration.quantize import quantize as run
 
-    source = click.get_current_context().get_parameter_source
-    given = [n for n in ("method", "samples", "spare") if source(n) is ParameterSource.COMMANDLINE]
-    if data is None and plan != "fp16" and given:
-        raise DataError(
-            "calibrate-data",
-            f"--{' and --'.join(given)} say how to calibrate, and there is no --data",
-            why="a plan that is there would be written as it is",
-            fix="for example --data refshapes:calibration",
-        )
     made, manifest = run(
         bundle,
         plan,

@@ -64,3 +64,13 @@ class RefedgeWarning(UserWarning):
 
 def _rebuild(kind: type[RefedgeError], code: str, what: str, why: str, fix: str) -> RefedgeError:
     return kind(code, what, why=why, fix=fix)
+
+
+def unwritable(path: object, error: OSError) -> InputError:
+    """The error for a file or folder that cannot be written."""
+    return InputError(
+        "output-unwritable",
+        f"{path} cannot be written",
+        why=error.strerror or str(error),
+        fix="choose a folder that exists or can be made, and that you may write to",
+    )

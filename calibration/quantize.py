@@ -35,6 +35,7 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 PLANS = ("fp16", "int8", "naive")
 RESTS = ("fp32", "fp16")
+METHOD = "mse"
 SAMPLES = 256
 SENSITIVITY_SAMPLES = 32  # that nodes are quantized one by one on
 SPARE = 0.1
@@ -47,8 +48,8 @@ def quantize(
     *,
     data: str | None = None,
     root: Path | None = None,
-    method: str = "mse",
-    samples: int = SAMPLES,
+    method: str | None = None,
+    samples: int | None = None,
     spare: float | None = None,
     rest: str | None = None,
     dialects: Sequence[str] = ("ort",),
@@ -60,7 +61,8 @@ def quantize(
     data:    calibration set such as ``refshapes:calibration`` or ``refcoco:train`` (under
              ``root``); int8 needs one. Without it a plan that the bundle has is written in more
              dialects, as it is.
-    samples: image-expression pairs to see, spread over all families.
+    method:  how a range is chosen; None is ``mse``.
+    samples: image-expression pairs to see, spread over all families; None is 256.
     spare:   share of the multiply-accumulates that may stay in float, where int8 hurts most; None
              is 0.1 for trained weights and 0 for others, whose masks mean nothing. At 0 nothing
              that takes time is added for accuracy, products for channels neither.
@@ -75,13 +77,27 @@ def quantize(
     if plan == "fp16":
         made = half_plan(bundle)
     elif data is None and plan in bundle.manifest.plans:
+        _require_none(method=method, samples=samples, spare=spare)
         made = decode_plan(bundle.file(bundle.manifest.plans[plan]).read_bytes())
         made = replace(made, rest=rest or made.rest)
     else:
         share, shown = _spare(bundle, spare), progress or _silently
-        made = calibrated_plan(bundle, plan, data, root, method, samples, share, shown)
+        how, many = method or METHOD, SAMPLES if samples is None else samples
+        made = calibrated_plan(bundle, plan, data, root, how, many, share, shown)
         made = replace(made, rest=rest or RESTS[0])
     return made, apply_plan(path, made, dialects)
+
+
+def _require_none(**given: object) -> None:
+    """A plan that is there is written as it is: what says how to calibrate asks for data."""
+    said = [name for name, value in given.items() if value is not None]
+    if said:
+        raise DataError(
+            "calibrate-data",
+            f"{' and '.join(said)} say how to calibrate, and there is no data",
+            why="the plan that is there is written as it is",
+            fix="name a calibration set, for example refshapes:calibration",
+        )
 
 
 def _spare(bundle: Bundle, spare: float | None) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineError, InputError
+from ..errors import EngineError, unwritable
 
 _HERE = Path(__file__).parent
 _TABLE = _HERE / "kernels" / "cubins.json"
@@ -38,12 +38,7 @@ def build(folder: Path, headers: Path | None = None, compiler: str = "g++") -> P
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            "output-unwritable",
-            f"{folder} cannot be made",
-            why=error.strerror or str(error),
-            fix="choose a folder that you may write to",
-        ) from error
+        raise unwritable(folder, error) from error
     with tempfile.TemporaryDirectory(dir=folder, prefix=".plugins.") as name:
         work = Path(name)
         lines = []

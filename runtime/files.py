@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import unwritable
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -19,7 +19,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -27,7 +27,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(name, path)
     except OSError as error:
         Path(name).unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -38,12 +38,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            "output-unwritable",
-            f"{path} cannot be made",
-            why=error.strerror or str(error),
-            fix="put it where you may write",
-        ) from error
+        raise unwritable(path, error) from error
 
 
 def write_png(image: Image.Image, path: Path) -> None:
@@ -56,12 +51,3 @@ def write_png(image: Image.Image, path: Path) -> None:
 def write_json(record: Any, path: Path) -> None:
     """Write plain data as indented JSON."""
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        "output-unwritable",
-        f"{path} cannot be written",
-        why=error.strerror or str(error),
-        fix="choose a folder that exists and that you may write to",
-    )

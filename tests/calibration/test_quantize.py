@@ -218,6 +218,9 @@ def test_a_plan_that_is_there_gets_more_dialects(own_bundle: Path) -> None:
     half, manifest = quantize(own_bundle, "int8", rest="fp16", dialects=("trt8",))
     assert half == replace(made, rest="fp16"), "scales do not depend on it"
     assert {d.name for d in manifest.dialects if d.plan == "int8"} == {"trt8", "ort", "trt10"}
+    for more in ({"method": "entropy"}, {"samples": 8}, {"spare": 0.3}):
+        with pytest.raises(DataError, match="how to calibrate"):
+            quantize(own_bundle, "int8", dialects=("ort",), **more)  # type: ignore[arg-type]
     with pytest.raises(DataError):  # there is no naive plan yet
         quantize(own_bundle, "naive", dialects=("ort",))
 
